@@ -1,0 +1,49 @@
+# Every target sets up what it needs in $(VENV) by itself; a second run starts at once. After a
+# change outside the project (another compiler, IMF_KERNELS_NO_EXT=1): `make clean` first.
+#
+#   make test VENV=/tmp/venv PYTHON=python3.12 ARGS="-k euler"
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+
+py := $(VENV)/bin/python
+installed := $(VENV)/.imf_kernels-installed
+log := $(VENV)/imf_kernels-install.log
+
+.PHONY: help demo test test-gpu lint clean
+
+help: ## This list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: $(installed) ## The whole method on real audio, on a laptop (options: ARGS=...)
+	$(py) -m examples.quickstart $(ARGS)
+
+test: $(installed) ## The tests (options: ARGS="-k euler")
+	$(py) -m pytest $(ARGS)
+
+test-gpu: $(installed) ## Only the tests that need a CUDA device
+	$(py) -m pytest -m gpu $(ARGS)
+
+lint: $(installed) ## Style, formatting and types
+	$(py) -m ruff check
+	$(py) -m ruff format --check
+	$(py) -m mypy
+
+clean: ## Remove what was built; the environment stays
+	rm -rf build dist *.egg-info imf_kernels/_C.*.so .pytest_cache .mypy_cache .ruff_cache $(installed)
+	find imf_kernels tests examples -name __pycache__ -prune -exec rm -rf {} +
+
+# Torch and the build tools come first: the extension is built against the torch that will run it,
+# hence without build isolation.
+$(installed): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
+	@test -x $(py) || $(PYTHON) -m venv $(VENV)
+	$(py) -m pip install -c constraints.txt torch setuptools cmake ninja
+	$(py) -m pip install -c constraints.txt --no-build-isolation -v -e '.[dev,demo]' >$(log) 2>&1 \
+		|| { tail -n 60 $(log); exit 1; }
+	@grep -E 'error:|CMake Error|imf_kernels: (C\+\+|PURE)' $(log)
+	@touch $@

@@ -1,0 +1,43 @@
+"""Few-step flow-matching speech: IntMeanFlow distillation, O3S step search, fixed-NFE sampling.
+
+Time 0 is noise and time 1 is data. State, time, grids and dt are float32; a model computes in its
+weights' dtype. The README has three short examples; every public docstring gives shapes, dtypes,
+errors and the equation it comes from.
+"""
+
+from imf_kernels import (
+    distill,
+    grids,
+    guidance,
+    models,
+    o3s,
+    objectives,
+    ops,
+    sampler,
+    solver,
+    teacher,
+)
+from imf_kernels.dispatch import backend, backends
+from imf_kernels.objectives import Batch, IntMeanFlow
+from imf_kernels.teacher import Teacher
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "IntMeanFlow",
+    "Teacher",
+    "__version__",
+    "backend",
+    "backends",
+    "distill",
+    "grids",
+    "guidance",
+    "models",
+    "o3s",
+    "objectives",
+    "ops",
+    "sampler",
+    "solver",
+    "teacher",
+]

@@ -1,0 +1,86 @@
+"""Checks at the public door: each error names the argument, the expectation and the value.
+
+Shapes and dtypes are always checked. Values are checked on CPU tensors only: reading a CUDA
+tensor would wait for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shape(name: str, tensor: Tensor, *dims: int | str) -> None:
+    """`dims` holds sizes, or letters for sizes that are free."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    fits = tensor.ndim == len(dims) and all(
+        isinstance(want, str) or got == want for got, want in zip(tensor.shape, dims, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(dim) for dim in dims) + ("," if len(dims) == 1 else "")
+        raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
+
+
+def dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    if tensor.dtype not in allowed:
+        wanted = " or ".join(str(item) for item in allowed)
+        raise TypeError(f"{name}: expected {wanted}, got {tensor.dtype}")
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    dtype(name, tensor, *FLOATING)
+
+
+def same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
+
+
+def positive_int(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+
+
+def choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        wanted = ", ".join(str(item) for item in allowed)
+        raise ValueError(f"{name}: expected one of {wanted}, got {value!r}")
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """Whether values may be read: on the CPU, and not while a graph is being traced."""
+    return not torch.compiler.is_compiling() and all(
+        tensor is None or tensor.device.type == "cpu" for tensor in tensors
+    )
+
+
+def lengths(name: str, value: Tensor, rows: int, frames: int) -> None:
+    shape(name, value, rows)
+    dtype(name, value, torch.int64, torch.int32)
+    if readable(value) and rows and not (int(value.min()) >= 1 and int(value.max()) <= frames):
+        raise ValueError(f"{name}: expected values in [1, {frames}], got {value.tolist()}")
+
+
+def interval(t: Tensor, r: Tensor, rows: int, *, strict: bool = False) -> None:
+    """Times of `rows` intervals, float32 (or float64) `(rows,)`: 0 <= t <= r <= 1.
+
+    `strict` asks for t < r.
+    """
+    for name, value in (("t", t), ("r", r)):
+        shape(name, value, rows)
+        dtype(name, value, torch.float32, torch.float64)
+    if not readable(t, r):
+        return
+    for name, value in (("t", t), ("r", r)):
+        if not bool(((value >= 0) & (value <= 1)).all()):
+            raise ValueError(f"{name}: expected times in [0, 1], got {value.tolist()}")
+    if not bool((t <= r).all()):
+        raise ValueError(f"t: expected t <= r, got t = {t.tolist()}, r = {r.tolist()}")
+    if strict and not bool((t < r).all()):
+        raise ValueError(
+            f"r: expected r > t (at r = t the displacement over the length is 0/0), "
+            f"got t = {t.tolist()}, r = {r.tolist()}"
+        )

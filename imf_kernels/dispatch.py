@@ -1,0 +1,134 @@
+"""Which implementation an op runs: a fused kernel or the plain-PyTorch reference.
+
+By default CUDA tensors take the Triton kernels and everything else the reference, or the C++
+kernel where one exists and is built. `IMF_KERNELS_BACKEND=reference|cpp|triton` forces a path for
+the process, `with backend("reference")` for a scope (forward-mode AD needs it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+CHOICES = ("auto", "reference", "cpp", "triton")
+
+
+def _choice(value: str, origin: str) -> str:
+    if value not in CHOICES:
+        raise ValueError(f"{origin}: expected one of {', '.join(CHOICES)}, got {value!r}")
+    return value
+
+
+_from_environment = _choice(os.environ.get("IMF_KERNELS_BACKEND", "auto"), "IMF_KERNELS_BACKEND")
+_forced: ContextVar[str] = ContextVar("imf_kernels_backend", default=_from_environment)
+
+
+def _current() -> str:
+    return _forced.get()
+
+
+# `torch.compile` cannot trace a ContextVar. `torch.compiler.assume_constant_result` does just this,
+# but importing dynamo for it costs every import of the package more than a second.
+_current._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _load_extension() -> bool:
+    if importlib.util.find_spec("imf_kernels._C") is None:
+        return False
+    try:
+        importlib.import_module("imf_kernels._C")
+    except ImportError as error:  # built against another torch
+        warnings.warn(
+            f"imf_kernels runs without its C++ extension, which does not load: {error}. "
+            "Reinstall with `pip install --no-build-isolation` to build it for this torch.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+HAS_EXTENSION = _load_extension()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within the scope, run every op on `name`: "auto", "reference", "cpp" or "triton".
+
+    "cpp" applies to the ops that have a C++ kernel; the others keep their default. A function under
+    `torch.compile` keeps the choice that it was traced with.
+    """
+    token = _forced.set(_choice(name, "backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def backends() -> dict[str, str | bool]:
+    """The forced choice, and which implementations this installation has."""
+    return {
+        "forced": _forced.get(),
+        "triton": HAS_TRITON,
+        "triton_interpreted": INTERPRETED,
+        "cpp": HAS_EXTENSION,
+    }
+
+
+def use_kernel(x: Tensor, *others: Tensor | None, cpp: bool = False) -> bool:
+    """Whether the op on these tensors runs its registered kernel (else: its reference).
+
+    `cpp` says that the op has a C++ kernel for CPU tensors.
+
+    Raises:
+        RuntimeError: a forced backend that cannot run here, or a dual tensor on a kernel, through
+            which forward-mode AD would return a zero tangent without a word.
+    """
+    choice = _current()
+    if choice == "auto":
+        kernel = HAS_TRITON if x.is_cuda else (cpp and HAS_EXTENSION)
+    elif choice == "cpp":
+        kernel = (HAS_TRITON if x.is_cuda else HAS_EXTENSION) if cpp else x.is_cuda and HAS_TRITON
+        if cpp and not x.is_cuda and not HAS_EXTENSION:
+            raise RuntimeError("backend: 'cpp' needs the C++ extension, which is not built")
+    elif choice == "triton":
+        kernel = True
+        if not HAS_TRITON or not (x.is_cuda or INTERPRETED):
+            raise RuntimeError(
+                "backend: 'triton' needs triton and CUDA tensors, or TRITON_INTERPRET=1 at import; "
+                f"got a tensor on {x.device}"
+            )
+    else:
+        kernel = False
+    if kernel and not torch.compiler.is_compiling():
+        _refuse_dual(x, *others)
+    return kernel
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether a registered op's kernel for `x` is the Triton one (decided inside the op)."""
+    if x.is_cuda:
+        return True
+    return INTERPRETED and _forced.get() == "triton"
+
+
+def _refuse_dual(*tensors: Tensor | None) -> None:
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                "forward-mode AD through a fused kernel would return a zero tangent: "
+                'run it within `with imf_kernels.backend("reference")`'
+            )

@@ -1,0 +1,94 @@
+"""A plain distillation loop: AdamW, warm-up and cosine, clipping, optional EMA.
+
+Objectives need no loop of ours; this one is here for small runs and as a template.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from imf_kernels import checks
+from imf_kernels.objectives.batch import Batch
+
+Student = TypeVar("Student", bound=nn.Module)
+Objective = Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]]
+
+
+def distill(
+    student: Student,
+    objective: Objective,
+    batches: Iterable[Batch],
+    updates: int,
+    *,
+    lr: float = 1e-4,
+    warmup: int = 0,
+    clip: float = 1.0,
+    weight_decay: float = 0.01,
+    ema_decay: float | None = None,
+    callback: Callable[[int, dict[str, Tensor]], None] | None = None,
+) -> Student:
+    """Train the student's trainable parameters on an objective, and return it in eval mode.
+
+    Args:
+        student: Trained in place.
+        objective: `loss, info = objective(student, batch)`.
+        batches: At least `updates` batches.
+        updates: Optimizer steps.
+        lr: Peak learning rate, reached after `warmup` updates, then on a cosine to 0.
+        clip: Gradient norm limit.
+        weight_decay: AdamW's.
+        ema_decay: Return the exponential moving average of the weights, with this decay.
+        callback: Called as `callback(update, info)` after every update.
+
+    Raises:
+        ValueError: bad arguments, or `batches` that end too early.
+        FloatingPointError: a gradient that is not finite; the weights are those before the update.
+    """
+    checks.positive_int("updates", updates)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("student: expected trainable parameters, got none")
+    optimizer = torch.optim.AdamW(
+        parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
+    )
+    ema = None
+    if ema_decay is not None:
+        ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+    student.train()
+    source = iter(batches)
+    for update in range(updates):
+        batch = next(source, None)
+        if batch is None:
+            raise ValueError(f"batches: expected {updates} batches, got {update}")
+        optimizer.param_groups[0]["lr"] = lr * schedule(update, updates, warmup)
+        loss, info = objective(student, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, clip)
+        if not math.isfinite(float(norm)):
+            raise FloatingPointError(
+                f"update {update}: expected a finite gradient, got norm {float(norm)} at loss "
+                f"{float(loss.detach())}"
+            )
+        optimizer.step()
+        if ema is not None:
+            ema.update_parameters(student)
+        if callback is not None:
+            callback(update, info)
+    if ema is not None:
+        student.load_state_dict(ema.module.state_dict())
+    return student.eval()
+
+
+def schedule(update: int, updates: int, warmup: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine to 0."""
+    if update < warmup:
+        return (update + 1) / warmup
+    progress = (update - warmup) / max(updates - warmup, 1)
+    return 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,65 @@
+"""What a model prepares once per utterance batch: a flat set of tensors, no Python scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Declares one prepared tensor: its named dimensions, its dtype and its padding value.
+
+    "rows" and "frames" are the dimensions that a static buffer pads; every other one is fixed by
+    the model. `dtype` None stands for the model's own.
+    """
+
+    dims: tuple[str, ...]
+    dtype: torch.dtype | None
+    pad: float = 0.0
+
+
+class Conditioning(Mapping[str, Tensor]):
+    """Prepared tensors by name. Holds `lengths` `(R,)`; R = 2B when prepared for guidance, with
+    rows `[0:B]` conditional and `[B:2B]` unconditional."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> None:
+        self._tensors = dict(tensors)
+        self.specs = {name: specs[name] for name in self._tensors}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self.items())
+        return f"Conditioning({shapes})"
+
+    @property
+    def rows(self) -> int:
+        return self["lengths"].shape[0]
+
+    def take(self, rows: slice | Tensor) -> Conditioning:
+        """The conditioning of some rows: a slice (views) or an index tensor (copies)."""
+        return Conditioning(
+            {
+                name: tensor[rows] if self.specs[name].dims[0] == "rows" else tensor
+                for name, tensor in self.items()
+            },
+            self.specs,
+        )
+
+    def conditional(self) -> Conditioning:
+        """The conditional half of a conditioning prepared for guidance."""
+        return self.take(slice(0, self.rows // 2))
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        return Conditioning({k: v.to(device) for k, v in self.items()}, self.specs)

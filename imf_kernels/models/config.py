@@ -1,0 +1,81 @@
+"""The sizes and switches that tell the DiT families apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from imf_kernels import checks
+
+VARIANTS = ("f5_v0", "f5_v1", "cosyvoice3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """F5-TTS's text tower: embedding of `vocab` ids and a filler, then ConvNeXtV2 blocks."""
+
+    vocab: int
+    dim: int = 512
+    layers: int = 4
+    mask_padding: bool = True
+    """v1 zeroes the filler between blocks; v0 lets it be text like any other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """A flow-matching DiT: adaLN blocks over frames, conditions joined at the input.
+
+    The input is `x | prompt | text` with a text tower (F5-TTS), else `x | prompt | mu | spks`
+    (CosyVoice3), projected to `dim`.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+    head_dim: int = 64
+    ff_mult: int = 2
+    channels: int = 100
+    """Mel channels."""
+    text: TextConfig | None = None
+    causal_conv: bool = False
+    """Position convolutions see the past only (CosyVoice3), else both sides (F5-TTS)."""
+    rope_heads: int | None = None
+    """How many heads, from the first, carry RoPE; None: all."""
+    qk_norm: bool = False
+    long_skip: bool = False
+    chunk: int = 50
+    """Frames per attention block under the streaming mask."""
+    mixer: bool = False
+    """Whether `r` enters, through `time_embed_mixer` (a mean-velocity student)."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "depth", "heads", "head_dim", "ff_mult", "channels", "chunk"):
+            checks.positive_int(name, getattr(self, name))
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number (RoPE), got {self.head_dim}")
+        if self.rope_heads is not None and not 0 <= self.rope_heads <= self.heads:
+            raise ValueError(f"rope_heads: expected 0 to {self.heads}, got {self.rope_heads}")
+
+    @staticmethod
+    def for_variant(variant: str, *, text: TextConfig | None = None, **sizes: Any) -> DiTConfig:
+        """The switches of a public family, with `sizes` (dim, depth, heads, ...) as given.
+
+        Args:
+            variant: "f5_v0", "f5_v1" or "cosyvoice3". F5's two have identical state dicts, so
+                nothing but the caller can tell them apart.
+            text: The text tower of an F5 variant; `mask_padding` is set by the variant.
+
+        Raises:
+            ValueError: unknown variant, or a text tower where there is none (or none where one is).
+        """
+        checks.choice("variant", variant, VARIANTS)
+        if (text is None) != (variant == "cosyvoice3"):
+            wanted = "None" if variant == "cosyvoice3" else "a TextConfig"
+            raise ValueError(f"text: expected {wanted} for variant {variant!r}, got {text!r}")
+        if text is None:
+            switches: dict[str, Any] = {"channels": 80, "causal_conv": True, "rope_heads": 1}
+        elif variant == "f5_v0":
+            switches = {"text": replace(text, mask_padding=False), "rope_heads": 1}
+        else:
+            switches = {"text": replace(text, mask_padding=True), "rope_heads": None}
+        return DiTConfig(**(switches | sizes))

@@ -1,0 +1,367 @@
+"""One diffusion transformer for F5-TTS v0, F5-TTS v1 and CosyVoice3, from their own state dicts.
+
+Two phases: `prepare` computes, once per utterance batch, what does not depend on `x, t, r`;
+`model(x, t, r, cond)` evaluates the velocity. Module names follow the clients' checkpoints.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from imf_kernels import checks
+from imf_kernels.models.conditioning import Conditioning, TensorSpec
+from imf_kernels.models.config import DiTConfig, TextConfig
+from imf_kernels.models.positions import (
+    CausalConvPositionEmbedding,
+    ConvPositionEmbedding,
+    RotaryEmbedding,
+    rotate,
+)
+from imf_kernels.models.text_tower import TextTower
+from imf_kernels.models.time_embedding import TimeEmbedding, TimeEmbedMixer
+from imf_kernels.ops import gated_residual, modulated_layer_norm
+
+
+class Attention(nn.Module):
+    """Self-attention over frames; rotary on the first `rope_heads` heads."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        inner = config.heads * config.head_dim
+        self.heads = config.heads
+        self.rope_heads = config.heads if config.rope_heads is None else config.rope_heads
+        self.to_q = nn.Linear(config.dim, inner)
+        self.to_k = nn.Linear(config.dim, inner)
+        self.to_v = nn.Linear(config.dim, inner)
+        self.to_out = nn.ModuleList([nn.Linear(inner, config.dim)])
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (
+            to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for to in (self.to_q, self.to_k, self.to_v)
+        )
+        q = rotate(self.q_norm(q), rope, self.rope_heads)
+        k = rotate(self.k_norm(k), rope, self.rope_heads)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out[0](h.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        inner = config.ff_mult * config.dim
+        self.ff = nn.Sequential(
+            nn.Sequential(nn.Linear(config.dim, inner), nn.GELU(approximate="tanh")),
+            nn.Identity(),  # the clients' dropout, which a velocity model does not use
+            nn.Linear(inner, config.dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ff(x)
+
+
+class AdaLN(nn.Module):
+    """`Linear(SiLU(e))`, cut into modulations of `dim` channels."""
+
+    def __init__(self, dim: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(dim, parts * dim)
+
+    def forward(self, e: Tensor) -> tuple[Tensor, ...]:
+        """`e`: SiLU already applied, `(R, dim)`; strided views `(R, dim)` come back."""
+        return self.linear(e).chunk(self.parts, dim=-1)
+
+
+class Block(nn.Module):
+    """adaLN attention and MLP, each on a gated residual."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.attn_norm = AdaLN(config.dim, 6)
+        self.attn = Attention(config)
+        self.ff = FeedForward(config)
+
+    def forward(self, x: Tensor, e: Tensor, rope: Tensor, mask: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.attn_norm(e)
+        h = self.attn(modulated_layer_norm(x, shift_a, scale_a), rope, mask)
+        x = gated_residual(x, h, gate_a)
+        h = self.ff(modulated_layer_norm(x, shift_f, scale_f))
+        return gated_residual(x, h, gate_f)
+
+
+class InputEmbedding(nn.Module):
+    """The joint input projection, split into the state's columns and the conditions'."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.channels = config.channels
+        extra = 2 * config.channels if config.text is None else config.text.dim
+        self.proj = nn.Linear(2 * config.channels + extra, config.dim)
+        position = CausalConvPositionEmbedding if config.causal_conv else ConvPositionEmbedding
+        self.conv_pos_embed = position(config.dim)
+
+    def conditions(self, conditions: Tensor) -> Tensor:
+        """`prompt | text` or `prompt | mu | spks` columns, and the bias."""
+        return F.linear(conditions, self.proj.weight[:, self.channels :], self.proj.bias)
+
+    def state(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.proj.weight[:, : self.channels])
+
+
+def attention_mask(lengths: Tensor, chunk: Tensor | None, frames: int) -> Tensor:
+    """Which keys a query sees: bool `(R, 1, 1, N)`, or `(R, 1, N, N)` with `chunk`.
+
+    With `chunk`, int64 `(R,)`, a frame sees its own block of that many frames and all before it.
+    """
+    n = torch.arange(frames, device=lengths.device)
+    mask = (n < lengths[:, None])[:, None, None, :]
+    if chunk is None:
+        return mask
+    block = n // chunk[:, None]
+    return mask & (block[:, None, None, :] <= block[:, None, :, None])
+
+
+class DiT(nn.Module):
+    """Velocity `v(x, t)` of a flow-matching teacher, or mean velocity `u(x, t, r)` of a student.
+
+    Build it from a `DiTConfig`, or from a client's state dict with `DiT.from_state_dict`.
+    """
+
+    specs: Mapping[str, TensorSpec] = {
+        "lengths": TensorSpec(("rows",), torch.int64, pad=1),
+        "key_lengths": TensorSpec(("rows",), torch.int64, pad=1),
+        "chunk": TensorSpec(("rows",), torch.int64, pad=1),
+        "conditions": TensorSpec(("rows", "frames", "dim"), None),
+        "rope": TensorSpec(("frames", "head_dim"), torch.float32),
+    }
+    """What `prepare` returns; "chunk" is there for streaming only."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.time_embed = TimeEmbedding(config.dim)
+        self.time_embed_mixer = TimeEmbedMixer(config.dim) if config.mixer else None
+        self.text_embed = TextTower(config.text) if config.text is not None else None
+        self.input_embed = InputEmbedding(config)
+        self.rotary_embed = RotaryEmbedding(config.head_dim)
+        self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.long_skip_connection = (
+            nn.Linear(2 * config.dim, config.dim, bias=False) if config.long_skip else None
+        )
+        self.norm_out = AdaLN(config.dim, 2)
+        self.proj_out = nn.Linear(config.dim, config.channels)
+        self._reset_output()
+
+    def _reset_output(self) -> None:
+        """adaLN-Zero: every block starts as the identity and the velocity as 0."""
+        for adaln in (module for module in self.modules() if isinstance(module, AdaLN)):
+            nn.init.zeros_(adaln.linear.weight)
+            nn.init.zeros_(adaln.linear.bias)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        variant: str,
+        *,
+        heads: int | None = None,
+        mixer: bool | None = None,
+    ) -> DiT:
+        """A model with the sizes of a client's state dict (no prefix), and its weights.
+
+        Args:
+            state_dict: Keys as in `clients`' DiT, without `transformer.` or `estimator.`.
+            variant: "f5_v0", "f5_v1" or "cosyvoice3"; see `DiTConfig.for_variant`.
+            heads: Attention heads; by default inner width / 64, as all public models have.
+            mixer: Whether the model takes `r`; by default, whether the state dict has a mixer.
+                Asked for and missing, it is the identity.
+
+        Raises:
+            ValueError: unknown variant. KeyError: a key that sizes are read from is missing.
+            RuntimeError: keys or shapes that do not fit (a strict load).
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        dim = shapes["time_embed.time_mlp.2.weight"][0]
+        inner = shapes["transformer_blocks.0.attn.to_q.weight"][0]
+        text = None
+        if "text_embed.text_embed.weight" in shapes:
+            vocab, text_dim = shapes["text_embed.text_embed.weight"]
+            layers = _count(shapes, "text_embed.text_blocks.")
+            text = TextConfig(vocab=vocab - 1, dim=text_dim, layers=layers)
+        heads = heads if heads is not None else max(inner // 64, 1)
+        config = DiTConfig.for_variant(
+            variant,
+            text=text,
+            dim=dim,
+            depth=_count(shapes, "transformer_blocks."),
+            heads=heads,
+            head_dim=inner // heads,
+            ff_mult=shapes["transformer_blocks.0.ff.ff.2.weight"][1] // dim,
+            channels=shapes["proj_out.weight"][0],
+            qk_norm="transformer_blocks.0.attn.q_norm.weight" in shapes,
+            long_skip="long_skip_connection.weight" in shapes,
+            mixer="time_embed_mixer.weight" in shapes if mixer is None else mixer,
+        )
+        model = cls(config)
+        model.load_state_dict(state_dict)
+        return model
+
+    def student(self) -> DiT:
+        """A copy that also takes `r`, through an identity mixer: equal to this model for every r.
+
+        It is trainable and in training mode, whatever this model is.
+        """
+        student = DiT(replace(self.config, mixer=True))
+        student.to(device=self.proj_out.weight.device, dtype=self.dtype)
+        student.load_state_dict(copy.deepcopy(self.state_dict()))
+        return student
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the blocks compute in: the weights'."""
+        return self.proj_out.weight.dtype
+
+    def prepare(
+        self,
+        prompt: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        text: Tensor | None = None,
+        mu: Tensor | None = None,
+        spks: Tensor | None = None,
+        guided: bool = False,
+        streaming: bool = False,
+        upstream_padding: bool = False,
+    ) -> Conditioning:
+        """Everything that does not depend on `x, t, r`, once per batch.
+
+        Args:
+            prompt: Prompt mel, zero where frames are to be generated, `(B, N, C)`.
+            lengths: Frames per row (its duration), integer `(B,)`; None: all N.
+            text: Ids `(B, L)`, padding -1 (models with a text tower).
+            mu: Frame-level token features `(B, N, C)`; spks: speaker features `(B, C)` (others).
+            guided: Prepare both branches: 2B rows, `[0:B]` conditional, `[B:2B]` with prompt, text,
+                mu and spks dropped.
+            streaming: Block-causal attention over blocks of `config.chunk` frames.
+            upstream_padding: F5-TTS's own padded behaviour, in which padding is attended to and
+                enters the text tower's norms. For comparisons: a batch then differs from its rows.
+
+        Raises:
+            ValueError, TypeError: naming the argument, the expected and the given value.
+        """
+        checks.shape("prompt", prompt, "B", "N", self.config.channels)
+        rows, frames, channels = prompt.shape
+        device = prompt.device
+        if lengths is None:
+            lengths = torch.full((rows,), frames, device=device)
+        checks.lengths("lengths", lengths, rows, frames)
+        lengths = lengths.to(device=device, dtype=torch.int64)
+
+        inside = torch.arange(frames, device=device) < lengths[:, None]
+        prompt = torch.where(inside[:, :, None], prompt, 0.0)
+        if self.text_embed is not None:
+            text = _needed("text", text, {"mu": mu, "spks": spks})
+            checks.shape("text", text, rows, "L")
+            checks.dtype("text", text, torch.int64, torch.int32)
+            text_inside = torch.ones_like(inside) if upstream_padding else inside
+            branches = [
+                self._conditions(prompt, self.text_embed(text, frames, text_inside, drop=False))
+            ]
+            if guided:
+                unsaid = self.text_embed(text, frames, text_inside, drop=True)
+                branches.append(self._conditions(torch.zeros_like(prompt), unsaid))
+        else:
+            mu = _needed("mu", mu, {"text": text})
+            spks = _needed("spks", spks, {"text": text})
+            checks.shape("mu", mu, rows, frames, channels)
+            checks.shape("spks", spks, rows, channels)
+            mu = torch.where(inside[:, :, None], mu, 0.0)
+            spks = spks[:, None].expand(rows, frames, channels)
+            branches = [self._conditions(prompt, mu, spks)]
+            if guided:
+                branches.append(self.input_embed.proj.bias.to(branches[0]).expand_as(branches[0]))
+
+        repeats = len(branches)
+        tensors = {
+            "lengths": lengths.repeat(repeats),
+            "key_lengths": torch.full_like(lengths, frames).repeat(repeats)
+            if upstream_padding
+            else lengths.repeat(repeats),
+            "conditions": torch.cat(branches),
+            "rope": self.rotary_embed(frames),
+        }
+        if streaming:
+            tensors["chunk"] = torch.full_like(tensors["lengths"], self.config.chunk)
+        return Conditioning(tensors, self.specs)
+
+    def _conditions(self, *parts: Tensor) -> Tensor:
+        joined = torch.cat([part.to(self.dtype) for part in parts], dim=-1)
+        return self.input_embed.conditions(joined)
+
+    def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Conditioning) -> Tensor:
+        """The velocity at `(x, t)`, or with a mixer the mean velocity over `[t, r]`.
+
+        Args:
+            x: State `(B, N, C)`, any floating dtype.
+            t, r: Times, float32 `(B,)`; `r` is not used without a mixer.
+            cond: From `prepare`, B rows, or 2B when guided: the state is then shared by both
+                branches, not doubled by the caller.
+
+        Returns:
+            `(R, N, C)` in the model's dtype, R = `cond.rows`; zero beyond each row's length.
+        """
+        rows = x.shape[0]
+        if cond.rows not in (rows, 2 * rows):
+            raise ValueError(f"x: expected {cond.rows} rows, or half of it when guided, got {rows}")
+        checks.shape("x", x, rows, cond["rope"].shape[0], self.config.channels)
+        checks.shape("t", t, rows)
+        checks.shape("r", r, rows)
+        frames, branches = x.shape[1], cond.rows // max(rows, 1)
+
+        inside = torch.arange(frames, device=x.device) < cond["lengths"][:, None]
+        mask = attention_mask(cond["key_lengths"], cond.get("chunk"), frames)
+        e = self.embed_time(t, r).repeat(branches, 1)
+        # `where`, not a product: what lies beyond a row's length may be anything, NaN included
+        x = torch.where(inside[:rows, :, None], x.to(self.dtype), 0.0)
+        h = self.input_embed.state(x).repeat(branches, 1, 1) + cond["conditions"]
+        h = h + self.input_embed.conv_pos_embed(h, inside)
+
+        skip = h
+        for block in self.transformer_blocks:
+            h = block(h, e, cond["rope"], mask)
+        if self.long_skip_connection is not None:
+            h = self.long_skip_connection(torch.cat([h, skip], dim=-1))
+        scale, shift = self.norm_out(e)
+        return self.proj_out(modulated_layer_norm(h, shift, scale)) * inside[:, :, None]
+
+    def embed_time(self, t: Tensor, r: Tensor) -> Tensor:
+        """What every adaLN reads: SiLU of the (mixed) time embedding, `(B, dim)`, model dtype."""
+        e = self.time_embed(t)
+        if self.time_embed_mixer is not None:
+            e = self.time_embed_mixer(e, self.time_embed(r))
+        return F.silu(e).to(self.dtype)
+
+
+def _count(names: Mapping[str, object], prefix: str) -> int:
+    indices = {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}
+    return len(indices)
+
+
+def _needed(name: str, value: Tensor | None, others: Mapping[str, Tensor | None]) -> Tensor:
+    if value is None:
+        raise ValueError(f"{name}: expected a tensor for this model, got None")
+    for other, given in others.items():
+        if given is not None:
+            raise ValueError(f"{other}: expected None for this model, got {tuple(given.shape)}")
+    return value

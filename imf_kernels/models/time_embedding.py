@@ -1,0 +1,66 @@
+"""Time conditioning: the sinusoidal embedding with its MLP, and the `(t, r)` mixer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FREQUENCIES = 256
+TIME_SCALE = 1000.0
+
+
+def sinusoidal(t: Tensor) -> Tensor:
+    """`sin | cos (1000 t exp(-ln(1e4) / 127 k))`, k = 0..127: float32 `(B,)` -> `(B, 256)`."""
+    half = FREQUENCIES // 2
+    k = torch.arange(half, device=t.device, dtype=torch.float32)
+    angles = TIME_SCALE * t.float()[:, None] * torch.exp(k * -(math.log(1e4) / (half - 1)))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def _linear_float32(linear: Any, x: Tensor) -> Tensor:
+    bias = linear.bias.float() if linear.bias is not None else None
+    return F.linear(x, linear.weight.float(), bias)
+
+
+class TimeEmbedding(nn.Module):
+    """`Linear -> SiLU -> Linear` over the sinusoids, in float32 whatever the weights' dtype."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.time_mlp = nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """`(B,)` -> float32 `(B, dim)`."""
+        first, activation, last = self.time_mlp
+        with torch.autocast(t.device.type, enabled=False):
+            return _linear_float32(last, activation(_linear_float32(first, sinusoidal(t))))
+
+
+class TimeEmbedMixer(nn.Linear):
+    """`e' = W [e_t, e_r]`, no bias, `W = [I 0]` at initialisation (arXiv 2510.07979, Eq. 9-10).
+
+    With the identity the student equals the teacher for every r, bit for bit in float32. The
+    product stays in float32 under autocast, where bf16 would be off by 4e-3. A state dict without
+    a mixer (a teacher's) loads as the identity.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(2 * dim, dim, bias=False)
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.copy_(torch.eye(self.out_features, self.in_features))
+
+    def forward(self, e_t: Tensor, e_r: Tensor) -> Tensor:  # type: ignore[override]
+        with torch.autocast(e_t.device.type, enabled=False):
+            return _linear_float32(self, torch.cat([e_t, e_r], dim=-1))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        if f"{prefix}weight" not in state_dict:
+            identity = torch.eye(self.out_features, self.in_features)
+            state_dict[f"{prefix}weight"] = identity.to(self.weight.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,0 +1,43 @@
+"""What every objective trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imf_kernels import checks
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Mels with their conditions.
+
+    Attributes:
+        x1: Data, normalised mels, float32 `(B, N, C)`; beyond a row's length anything finite.
+        lengths: Frames per row, integer `(B,)`.
+        conditions: Further arguments of the model's `prepare`: prompt, text, mu, spks, ...
+        loss_mask: Frames that count in the loss, bool `(B, N)`: the span to infill, the frames
+            after the prompt. None: all valid frames.
+    """
+
+    x1: Tensor
+    lengths: Tensor
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    loss_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        checks.shape("x1", self.x1, "B", "N", "C")
+        checks.dtype("x1", self.x1, torch.float32, torch.float64)
+        rows, frames, _ = self.x1.shape
+        checks.lengths("lengths", self.lengths, rows, frames)
+        if self.loss_mask is not None:
+            checks.shape("loss_mask", self.loss_mask, rows, frames)
+            checks.dtype("loss_mask", self.loss_mask, torch.bool)
+
+    def valid(self) -> Tensor:
+        """Frames within the rows' lengths, bool `(B, N)`."""
+        return torch.arange(self.x1.shape[1], device=self.x1.device) < self.lengths[:, None]

@@ -1,0 +1,162 @@
+"""IntMeanFlow: a student regressed on the guided teacher's mean velocity (arXiv 2510.07979).
+
+    D = sum_k dt_k v(z_k, t_k)           n guided Euler sub-steps over [t, r], no gradient (Eq. 4-6)
+    loss = |u(z_t, t, r) - D / (r - t)|^2                                                  (Eq. 8)
+
+No JVP and no self-bootstrap; the student runs without guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imf_kernels import checks
+from imf_kernels.objectives.batch import Batch
+from imf_kernels.objectives.intervals import Intervals
+from imf_kernels.objectives.rollouts import (
+    RolloutCache,
+    Target,
+    TeacherRollout,
+    draw_pairs,
+)
+from imf_kernels.ops import mean_velocity_loss
+from imf_kernels.solver import model_dtype
+from imf_kernels.teacher import Teacher
+
+
+class IntMeanFlow:
+    """`loss, info = objective(student, batch)`, in any training loop.
+
+    The student is a `VelocityModel` with `prepare(lengths=..., **batch.conditions)`, as the
+    teacher's model is (the teacher's is called with `guided=` besides).
+
+    Args:
+        teacher: The guided teacher.
+        nfe: Sub-steps n of a rollout (the paper: 16; 2 loses little).
+        spacing: Sub-step positions: "uniform", "sway", "cosine", or "jitter" (uniform, each
+            interior time moved by up to half a sub-step, so that the student sees all times).
+        intervals: How `[t, r]` is drawn.
+        source: "data": z_t lies on the line from noise to data, and the rollout covers `[t, r]`.
+            "noise": the rollout covers `[0, 1]` from noise, and its pairs of times are the
+            intervals: the student sees the states that sampling will visit.
+        targets: Targets of each rollout. The first is the rollout itself with source "data"; all
+            others are random pairs of its times, a share `intervals.full` of them (0, n).
+        region: "span": the loss covers `batch.loss_mask`; "all": all valid frames. The rollout
+            always covers all valid frames, as sampling does.
+        weighting: Per-row loss weights from `(t, r)`; None weighs all 1.
+        cache: Keep rollouts and use them again. The batch of a call is then used only when the
+            cache wants a new rollout.
+        generator: For all draws; None: torch's default on the batch's device.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        nfe: int = 8,
+        spacing: str = "uniform",
+        intervals: Intervals | None = None,
+        source: str = "data",
+        targets: int = 1,
+        region: str = "span",
+        weighting: Callable[[Tensor, Tensor], Tensor] | None = None,
+        cache: RolloutCache | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        checks.positive_int("nfe", nfe)
+        checks.positive_int("targets", targets)
+        checks.choice("spacing", spacing, ("uniform", "sway", "cosine", "jitter"))
+        checks.choice("source", source, ("data", "noise"))
+        checks.choice("region", region, ("span", "all"))
+        self.intervals = intervals if intervals is not None else Intervals()
+        if source == "noise" and self.intervals.boundary > 0:
+            raise ValueError(
+                f"intervals: expected boundary = 0 with source 'noise', "
+                f"got {self.intervals.boundary}"
+            )
+        self.teacher, self.nfe, self.spacing = teacher, nfe, spacing
+        self.source, self.targets, self.region = source, targets, region
+        self.weighting, self.cache, self.generator = weighting, cache, generator
+
+    def __call__(self, student: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar loss, and detached values to log."""
+        if self.cache is None:
+            return self.loss(student, self.rollout(batch))
+        if self.cache.wants_new():
+            self.cache.add(self.rollout(batch))
+        return self.loss(student, self.cache.deal())
+
+    @torch.no_grad()
+    def rollout(self, batch: Batch) -> TeacherRollout:
+        """The teacher's part: n guided evaluations, no gradient."""
+        x1 = batch.x1
+        rows, device = x1.shape[0], x1.device
+        cond = self.teacher.prepare(lengths=batch.lengths, **batch.conditions)
+        z = self._randn(x1)
+        if self.source == "data":
+            t, r = (time.to(x1.dtype) for time in self.intervals.draw(rows, self.generator, device))
+            z = torch.lerp(z, x1, t[:, None, None])
+        else:
+            t, r = x1.new_zeros(rows), x1.new_ones(rows)
+        spacing = self._jittered(rows, device) if self.spacing == "jitter" else self.spacing
+        run = self.teacher.integrate(z, t, r, self.nfe, cond, spacing=spacing, keep=True)
+        assert run.states is not None
+        assert run.displacements is not None
+        velocity = self.teacher.velocity(z, t, cond) if self.intervals.boundary > 0 else None
+        return TeacherRollout(batch, run.times, run.states, run.displacements, velocity)
+
+    def loss(self, student: Any, rollout: TeacherRollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's part: one evaluation with gradient per target."""
+        batch = rollout.batch
+        cond = student.prepare(lengths=batch.lengths, **batch.conditions)
+        mask = batch.valid()
+        if self.region == "span" and batch.loss_mask is not None:
+            mask = mask & batch.loss_mask
+        losses, row_errors, lengths = [], [], []
+        for target in self._targets(rollout):
+            z = target.z.to(model_dtype(student, target.z.dtype))
+            u = student(z, target.t, target.r, cond)
+            loss, rows = mean_velocity_loss(
+                u,
+                target.displacement,
+                target.t,
+                target.r,
+                velocity=target.velocity,
+                mask=mask,
+                weights=None if self.weighting is None else self.weighting(target.t, target.r),
+            )
+            losses.append(loss)
+            row_errors.append(rows)
+            lengths.append(target.r - target.t)
+        loss = torch.stack(losses).mean()
+        info = {
+            "loss": loss.detach(),
+            "row_error": torch.cat(row_errors),
+            "interval": torch.cat(lengths),
+        }
+        return loss, info
+
+    def _targets(self, rollout: TeacherRollout) -> list[Target]:
+        whole = [rollout.whole()] if self.source == "data" else []
+        rows, device = rollout.times.shape[1], rollout.times.device
+        return whole + [
+            rollout.pair(*draw_pairs(self.nfe, rows, self.intervals.full, self.generator, device))
+            for _ in range(self.targets - len(whole))
+        ]
+
+    def _randn(self, like: Tensor) -> Tensor:
+        device = self.generator.device if self.generator is not None else like.device
+        noise = torch.randn(like.shape, generator=self.generator, device=device, dtype=like.dtype)
+        return noise.to(like.device)
+
+    def _jittered(self, rows: int, device: torch.device) -> Tensor:
+        """Fractions `(n + 1, rows)`: interior times anywhere in their half sub-steps."""
+        source = self.generator.device if self.generator is not None else device
+        shift = torch.rand(self.nfe + 1, rows, generator=self.generator, device=source) - 0.5
+        shift[0] = shift[-1] = 0.0
+        steps = torch.arange(self.nfe + 1, device=source)[:, None]
+        return ((steps + 0.98 * shift) / self.nfe).to(device)

@@ -1,0 +1,61 @@
+"""How the intervals `[t, r]` of training are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervals:
+    """A length d from Kumaraswamy(a, b), then its start t uniform in `[0, 1 - d]`, r = t + d.
+
+    a = 1, b = 2 is exactly two sorted uniform draws; a < 1 emphasises small intervals, a > 1 large
+    ones, b < 2 as well. The paper says only that smaller ones are emphasised.
+
+    Attributes:
+        a, b: Shape of the length's distribution, `P(length <= d) = 1 - (1 - d^a)^b`.
+        min_length: Lengths are at least this (their targets divide by it).
+        full: Share of rows that take `[0, 1]`.
+        boundary: Share of rows with r = t, whose target is the guided velocity itself.
+    """
+
+    a: float = 1.0
+    b: float = 2.0
+    min_length: float = 1e-3
+    full: float = 0.0
+    boundary: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("a", "b"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+        if not 0 < self.min_length <= 1:
+            raise ValueError(f"min_length: expected a number in (0, 1], got {self.min_length}")
+        for name in ("full", "boundary"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
+        if self.full + self.boundary > 1:
+            raise ValueError(
+                f"full: expected full + boundary <= 1, got {self.full} + {self.boundary}"
+            )
+
+    def draw(
+        self,
+        rows: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`t, r`, float32 `(rows,)`, 0 <= t <= r <= 1, on `device` (default: the generator's)."""
+        source = generator.device if generator is not None else device
+        u, start, kind = torch.rand(3, rows, generator=generator, device=source)
+        length = (1 - (1 - u) ** (1 / self.b)) ** (1 / self.a)
+        length = length.clamp(self.min_length, 1.0)
+        t = start * (1 - length)
+        r = (t + length).clamp(max=1.0)
+        full = kind < self.full
+        t, r = torch.where(full, 0.0, t), torch.where(full, 1.0, r)
+        r = torch.where(kind >= 1 - self.boundary, t, r)
+        return t.to(device), r.to(device)

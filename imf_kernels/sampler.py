@@ -1,0 +1,93 @@
+"""Fixed-NFE sampling, eager: a student, or a guided teacher, along a time grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imf_kernels import grids
+from imf_kernels.guidance import check as check_guidance
+from imf_kernels.solver import Callback, VelocityModel, check_state, euler
+
+
+def sample(
+    model: VelocityModel,
+    noise: Tensor,
+    cond: Any = None,
+    grid: str | Tensor | Sequence[float] = "uniform",
+    *,
+    nfe: int | None = None,
+    guidance: Tensor | float | None = None,
+    intermediates: bool = False,
+    callback: Callback | None = None,
+    progress: bool = False,
+    grad: bool = False,
+) -> Tensor:
+    """Carry noise to data: `x += (r - t) u(x, t, r)` over the grid's intervals.
+
+    Args:
+        model: A student (no guidance), or a teacher with `guidance`.
+        noise: State at time 0, float32 `(B, N, C)`.
+        cond: From `model.prepare`, prepared with `guided=True` if `guidance` is given.
+        grid: Float32 times `(nfe + 1,)` ascending from 0 to 1, or a name with `nfe`.
+        nfe: Number of evaluations; may be left out for a custom grid.
+        guidance: w (`imf_kernels.guidance`), a number or float32 `(B,)`; None for no guidance.
+        intermediates: Return the states at all times, `(nfe + 1, B, N, C)`, noise first.
+        callback: Called as `callback(k, x)` after step k.
+        progress: Show a progress bar (needs `rich`).
+        grad: Let gradients flow through the solve.
+
+    Returns:
+        The state at time 1, float32 `(B, N, C)`; frames beyond `cond["lengths"]` stay noise.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the expected and the given value.
+    """
+    check_state("noise", noise)
+    times = grids.make(grid, nfe).to(noise.device)
+    check_guidance(guidance, noise.shape[0])
+    steps = times.numel() - 1
+    per_row = times[:, None].expand(-1, noise.shape[0]).contiguous()
+    with torch.set_grad_enabled(grad), _Progress(steps, callback, progress) as on_step:
+        run = euler(
+            model,
+            noise,
+            per_row,
+            per_row.diff(dim=0),
+            cond,
+            guidance,
+            keep=intermediates,
+            callback=on_step,
+        )
+    return run.x if run.states is None else run.states
+
+
+class _Progress:
+    """The callback of a solve, with a progress bar around it when one is asked for."""
+
+    def __init__(self, steps: int, callback: Callback | None, show: bool) -> None:
+        self.callback = callback
+        self.bar: Any = None
+        if show:
+            from rich.progress import Progress
+
+            self.bar = Progress()
+            self.task = self.bar.add_task("sampling", total=steps)
+
+    def __enter__(self) -> Callback | None:
+        if self.bar is None:
+            return self.callback
+        self.bar.start()
+        return self._step
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def _step(self, k: int, x: Tensor) -> None:
+        if self.callback is not None:
+            self.callback(k, x)
+        self.bar.advance(self.task)

@@ -1,0 +1,112 @@
+"""The one Euler loop: teacher rollouts and student sampling differ in their times only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from imf_kernels import checks
+from imf_kernels.ops.guided_euler_step import guided_euler_step
+
+Callback = Callable[[int, Tensor], None]
+
+
+class VelocityModel(Protocol):
+    """What a solve asks of a model: a teacher's velocity, or a student's mean velocity.
+
+    `x` is `(B, N, C)` in the model's `dtype` attribute (without one: the state's float32); `t, r`
+    are float32 `(B,)`; `cond` is what the model's own `prepare` returned. Prepared for guidance, it
+    holds both branches, and the result has 2B rows: `[0:B]` conditional, `[B:2B]` unconditional.
+    If `cond["lengths"]` exists (valid frames per row), frames beyond do not move.
+    """
+
+    def __call__(self, x: Tensor, t: Tensor, r: Tensor, cond: Any, /) -> Tensor: ...
+
+
+class Trajectory(NamedTuple):
+    """A solve: its end, and if they were asked for the states and displacements at every time."""
+
+    x: Tensor
+    displacement: Tensor
+    states: Tensor | None
+    displacements: Tensor | None
+
+
+def euler(
+    model: VelocityModel,
+    x: Tensor,
+    times: Tensor,
+    dt: Tensor,
+    cond: Any,
+    guidance: Tensor | float | None = None,
+    *,
+    keep: bool = False,
+    callback: Callback | None = None,
+) -> Trajectory:
+    """Integrate `dx = v dt` from `x` along per-row times; nothing here waits for the device.
+
+    Args:
+        x: State float32 `(B, N, C)`.
+        times: `(n + 1, B)`, the model is asked at `t = times[k]`, `r = times[k + 1]`.
+        dt: `(n, B)`, the lengths of the steps. Given apart from the times, whose differences have
+            lost digits over short intervals.
+        cond: For the model; doubled if and only if `guidance` is given.
+        guidance: w, a number or `(B,)`.
+        keep: Keep all n + 1 states and accumulated displacements.
+        callback: Called as `callback(k, x)` after step k.
+    """
+    rows = x.shape[0]
+    lengths = row_lengths(cond, rows)
+    dtype = model_dtype(model, x.dtype)
+    dt = dt.to(x.dtype)
+    displacement = torch.zeros_like(x)
+    states, displacements = [x], [displacement]
+    model_input = x.to(dtype)
+    for k in range(dt.shape[0]):
+        velocity = model(model_input, times[k], times[k + 1], cond)
+        step = guided_euler_step(
+            x,
+            velocity,
+            dt[k],
+            guidance,
+            lengths=lengths,
+            displacement=displacement,
+            model_dtype=dtype,
+        )
+        assert step.displacement is not None
+        x, displacement, model_input = step.x, step.displacement, step.model_input
+        if keep:
+            states.append(x)
+            displacements.append(displacement)
+        if callback is not None:
+            callback(k, x)
+    return Trajectory(
+        x,
+        displacement,
+        torch.stack(states) if keep else None,
+        torch.stack(displacements) if keep else None,
+    )
+
+
+def model_dtype(model: Any, default: torch.dtype) -> torch.dtype:
+    """The dtype that a model wants its state in: its `dtype` attribute, if it has one."""
+    dtype = getattr(model, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else default
+
+
+def row_lengths(cond: Any, rows: int) -> Tensor | None:
+    """The lengths of the state's rows (the first half of a doubled conditioning), if any."""
+    try:
+        lengths = cond["lengths"]
+    except (TypeError, KeyError, IndexError):
+        return None
+    return lengths[:rows]
+
+
+def check_state(name: str, x: Tensor) -> None:
+    """Raises unless `x` is a float32 (or, for checks, float64) state `(B, N, C)`."""
+    checks.shape(name, x, "B", "N", "C")
+    checks.dtype(name, x, torch.float32, torch.float64)

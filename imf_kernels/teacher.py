@@ -1,0 +1,115 @@
+"""The guided teacher: displacement and mean velocity over `[t, r]` (arXiv 2510.07979, Eq. 3-6)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from imf_kernels import checks, grids, guidance
+from imf_kernels.solver import VelocityModel, check_state, euler, model_dtype
+
+
+class Rollout(NamedTuple):
+    """n Euler sub-steps of the teacher from `z` at `t` to `r`; states and sums at every time.
+
+    `displacement` is `sum dt v`, `(B, N, C)`, and `z` its state at `r`. `times` is `(n + 1, B)`;
+    `states` and `displacements` (accumulated from 0) are `(n + 1, B, N, C)` if they were kept.
+    """
+
+    displacement: Tensor
+    z: Tensor
+    times: Tensor
+    states: Tensor | None
+    displacements: Tensor | None
+
+
+class Teacher:
+    """A frozen velocity model with its guidance.
+
+    Deliberately no `nn.Module`: held by an objective or a student it stays out of the module tree,
+    so that no optimizer, EMA, checkpoint or `.train()` reaches it.
+
+    Args:
+        model: `VelocityModel`; an `nn.Module` is put in `eval()`.
+        guidance: w (`imf_kernels.guidance`), a number or float32 `(B,)`; None or 1 means none, and
+            the unconditional branch is then not evaluated.
+    """
+
+    def __init__(self, model: VelocityModel, guidance: Tensor | float | None = None) -> None:
+        self.model: Any = model.eval() if isinstance(model, nn.Module) else model
+        plain = not isinstance(guidance, Tensor) and guidance in (None, 1)
+        self.guidance = None if plain else guidance
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        """Copies of what holds a teacher (EMA) share it."""
+        return self
+
+    @torch.no_grad()
+    def prepare(self, **conditions: Any) -> Any:
+        """The model's `prepare`, for both branches when guided."""
+        return self.model.prepare(**conditions, guided=self.guidance is not None)
+
+    @torch.no_grad()
+    def velocity(self, z: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        """The guided velocity at `(z, t)`: `(B, N, C)` in `z`'s dtype."""
+        check_state("z", z)
+        checks.interval(t, t, z.shape[0])
+        v = self.model(z.to(model_dtype(self.model, z.dtype)), t, t, cond)
+        if self.guidance is not None:
+            v = guidance.combine(v, self.guidance)
+        return v.to(z.dtype)
+
+    @torch.no_grad()
+    def integrate(
+        self,
+        z: Tensor,
+        t: Tensor,
+        r: Tensor,
+        nfe: int,
+        cond: Any = None,
+        *,
+        spacing: str | Tensor = "uniform",
+        keep: bool = False,
+    ) -> Rollout:
+        """Run `nfe` Euler sub-steps from `z` at `t` to `r`, each row over its own interval.
+
+        Args:
+            z: State at `t`, float32 `(B, N, C)`.
+            t, r: Float32 `(B,)`, 0 <= t <= r <= 1.
+            nfe: Sub-steps n.
+            cond: From `prepare`.
+            spacing: Where the sub-steps stand within `[t, r]`: a named grid ("uniform", "sway",
+                "cosine", "epss"), or fractions ascending from 0 to 1, `(n + 1,)` or `(n + 1, B)`.
+            keep: Keep the states and displacements of all n + 1 times.
+
+        Raises:
+            ValueError, TypeError: naming the argument, the expected and the given value.
+        """
+        check_state("z", z)
+        rows = z.shape[0]
+        checks.interval(t, r, rows)
+        checks.positive_int("nfe", nfe)
+        guidance.check(self.guidance, rows)
+        fractions = _fractions(spacing, nfe, rows).to(device=z.device, dtype=t.dtype)
+        length = r - t
+        times = torch.minimum(t + length * fractions, r)
+        run = euler(
+            self.model, z, times, length * fractions.diff(dim=0), cond, self.guidance, keep=keep
+        )
+        return Rollout(run.displacement, run.x, times, run.states, run.displacements)
+
+
+def _fractions(spacing: str | Tensor, nfe: int, rows: int) -> Tensor:
+    """Sub-step positions `(n + 1, 1)` or `(n + 1, B)` within the unit interval."""
+    if isinstance(spacing, str):
+        return grids.make(spacing, nfe)[:, None]
+    if spacing.ndim == 1:
+        return grids.make(spacing, nfe)[:, None]
+    checks.shape("spacing", spacing, nfe + 1, rows)
+    if checks.readable(spacing):
+        ends = bool((spacing[0] == 0).all()) and bool((spacing[-1] == 1).all())
+        if not ends or not bool((spacing.diff(dim=0) > 0).all()):
+            raise ValueError(f"spacing: expected fractions ascending from 0 to 1, got {spacing}")
+    return spacing

@@ -1,0 +1,128 @@
+"""Compile every kernel ahead of time for cards that are not here, as their launchers would.
+
+    python -m tests.aot            prints a JSON list, a record per kernel, form and architecture
+
+The launchers run on CPU tensors with the launch itself replaced by a compilation, so that each
+kernel gets its real specialisation (16-byte alignment, constants). Run it without
+`TRITON_INTERPRET`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from imf_kernels.ops import _triton
+from imf_kernels.ops.gated_residual import _launch_backward as gated_backward
+from imf_kernels.ops.gated_residual import _launch_forward as gated_forward
+from imf_kernels.ops.guided_euler_step import _launch as step
+from imf_kernels.ops.mean_velocity_loss import _launch_backward as loss_backward
+from imf_kernels.ops.mean_velocity_loss import _launch_forward as loss_forward
+from imf_kernels.ops.modulated_layer_norm import _launch_backward as norm_backward
+from imf_kernels.ops.modulated_layer_norm import _launch_forward as norm_forward
+
+ARCHITECTURES = (80, 90)
+FRAMES = {80: 640, 100: 937}
+"""Odd frame counts for F5-TTS's 100 channels: rows then start off 16-byte boundaries."""
+
+
+class NoDevice:
+    """Stands in for a driver: a target to compile for, and nothing to run on."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+def forms() -> Iterator[tuple[str, Callable[..., object], tuple[Any, ...]]]:
+    """A label, a launcher and its arguments, for every kernel in the forms that models use."""
+    dtypes = (torch.float32, torch.bfloat16)
+    for channels, dtype in itertools.product((80, 100), dtypes):
+        label = f"C={channels} {dtype}"
+        rows, frames = 2, FRAMES[channels]
+        x = torch.empty(rows, frames, channels)
+        v = torch.empty(4, 2 * rows, frames, channels, dtype=dtype)
+        dt, w = torch.empty(4, rows), torch.empty(rows)
+        lengths = torch.empty(rows, dtype=torch.int64)
+        out = None if dtype == torch.float32 else dtype
+        yield f"{label} number", step, (x, v[:1], dt[:1], None, 2.0, None, None, out)
+        yield f"{label} tensor", step, (x, v[:1], dt[:1], w, 1.0, lengths, x, out)
+        yield f"{label} unguided", step, (x, v[:1, :rows], dt[:1], None, 1.0, lengths, None, out)
+        yield f"{label} held", step, (x, v, dt, w, 1.0, lengths, x, out)
+        u, mask = x.to(dtype), torch.empty(rows, frames, dtype=torch.bool)
+        for velocity in (None, x):
+            name = f"{label} boundary" if velocity is x else label
+            yield name, loss_forward, (u, x, w, velocity, mask)
+            yield name, loss_backward, (w, u, x, w, velocity, mask)
+    for dim, dtype in itertools.product((192, 256, 768, 1024, 2048), dtypes):
+        label = f"D={dim} {dtype}"
+        x = torch.empty(2, 937, dim, dtype=dtype)
+        shift, scale = torch.empty(2, 6 * dim, dtype=dtype).chunk(6, dim=1)[:2]
+        yield label, norm_forward, (x, shift, scale, 1e-6)
+        yield label, norm_backward, (x, x, shift, scale, 1e-6)
+        yield label, gated_forward, (x, x, scale)
+        yield label, gated_backward, (x, x, scale)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and shared memory as `cuobjdump` reads them; spills show as stack."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text))
+    return {name.lower(): int(value) for name, value in found.items()}
+
+
+def compile_all() -> Iterator[dict[str, Any]]:
+    """Compile every form for every architecture."""
+    compiled: list[tuple[Any, Any]] = []
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        compiled.append((kernel, kernel.warmup(*args, grid=grid, **options)))
+
+    _triton.launcher = compile_only
+    for architecture in ARCHITECTURES:
+        driver.set_active(NoDevice(architecture))
+        for label, launcher, args in forms():
+            launcher(*args)
+            kernel, binary = compiled.pop()
+            yield {
+                "op": Path(kernel.fn.__code__.co_filename).stem,
+                "kernel": kernel.fn.__name__,
+                "form": label,
+                "architecture": f"sm_{architecture}",
+                "vector_bits": vector_bits(binary.asm["ptx"]),
+                **resources(binary.asm["cubin"]),
+            }
+
+
+def vector_bits(ptx: str) -> int:
+    """Width of the widest global load of a thread."""
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return max((int(count or 1) * int(bits) for count, bits in loads), default=0)
+
+
+if __name__ == "__main__":
+    print(json.dumps(list(compile_all()), indent=1))

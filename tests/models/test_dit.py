@@ -1,0 +1,255 @@
+import copy
+
+import pytest
+import torch
+
+from imf_kernels import grids, sampler
+from imf_kernels.models import DiT, DiTConfig, TextConfig
+from tests.models.tools import (
+    VARIANTS,
+    conditions,
+    one_row,
+    relative_rms,
+    small_model,
+)
+
+LENGTHS = [60, 96, 1, 33]
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    return request.param
+
+
+def times(rows):
+    return torch.linspace(0.1, 0.6, rows), torch.linspace(0.3, 1.0, rows)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_batch_equals_its_rows_whatever_fills_the_padding(variant, guided, streaming):
+    model = small_model(variant, chunk=20).student()
+    given = conditions(model, LENGTHS)
+    switches = {"guided": guided, "streaming": streaming}
+    rows = len(LENGTHS)
+    x, (t, r) = torch.randn(rows, max(LENGTHS), 12), times(rows)
+    for row, length in enumerate(LENGTHS):
+        x[row, length:] = torch.nan
+        given["prompt"][row, length:] = torch.inf
+        if "mu" in given:
+            given["mu"][row, length:] = torch.nan
+    with torch.no_grad():
+        batch = model(x, t, r, model.prepare(**given, **switches))
+        for row, length in enumerate(LENGTHS):
+            pick = slice(row, row + 1)
+            cond = model.prepare(**one_row(given, row), **switches)
+            alone = model(x[pick, :length], t[pick], r[pick], cond)
+            for branch in range(1 + guided):
+                together = batch[branch * rows + row]
+                assert relative_rms(together[:length], alone[branch]) <= 1e-5
+                assert not together[length:].any()
+
+
+def test_upstream_padding_lets_padding_in(variant):
+    """As F5 does it; and at batch 1, where nothing is padded, it changes nothing."""
+    model = small_model(variant)
+    given = conditions(model, [60, 96])
+    x, (t, r) = torch.randn(2, 96, 12), times(2)
+    with torch.no_grad():
+        ours = model(x, t, r, model.prepare(**given))
+        theirs = model(x, t, r, model.prepare(**given, upstream_padding=True))
+        assert relative_rms(theirs[0, :60], ours[0, :60]) > 1e-3
+        assert relative_rms(theirs[1], ours[1]) <= 1e-5
+        assert not theirs[0, 60:].any()
+
+
+def test_student_equals_the_conditional_teacher_bit_for_bit(variant):
+    teacher = small_model(variant)
+    student = teacher.student().eval()
+    given = conditions(teacher, LENGTHS)
+    x, (t, r) = torch.randn(4, 96, 12), times(4)
+    with torch.no_grad():
+        expected = teacher(x, t, t, teacher.prepare(**given))
+        for end in (t, r, torch.ones(4)):
+            assert torch.equal(student(x, t, end, student.prepare(**given)), expected)
+
+
+def test_student_follows_r_once_its_mixer_is_trained(variant):
+    student = small_model(variant).student()
+    given = conditions(student, [20])
+    x, t = torch.randn(1, 20, 12), torch.tensor([0.2])
+    before = copy.deepcopy(student.state_dict())
+    loss = student(x, t, torch.tensor([0.7]), student.prepare(**given)).square().sum()
+    loss.backward()
+    assert student.time_embed_mixer.weight.grad[:, 32:].abs().sum() > 0
+    assert all(p.grad is not None for p in student.parameters())
+    with torch.no_grad():
+        student.time_embed_mixer.weight -= 0.1 * student.time_embed_mixer.weight.grad.sign()
+        near, far = (student(x, t, torch.tensor([r]), student.prepare(**given)) for r in (0.3, 0.9))
+    assert not torch.equal(near, far)
+    assert before.keys() == student.state_dict().keys()
+
+
+def test_mixer_stays_in_float32_under_autocast(variant):
+    student = small_model(variant).student()
+    t, r = times(3)
+    with torch.no_grad():
+        plain = student.embed_time(t, r)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(student.embed_time(t, r), plain)
+
+
+def test_gradients_reach_every_parameter_under_autocast(variant):
+    model = small_model(variant)
+    given = conditions(model, [24, 17])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        v = model(torch.randn(2, 24, 12), *times(2), model.prepare(**given, guided=True))
+    v.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_half_precision_keeps_angles_times_and_state_exact(variant):
+    model = small_model(variant)
+    given = conditions(model, [3000])
+    rope = model.prepare(**given)["rope"]
+    model = model.bfloat16()
+    cond = model.prepare(**given)
+    assert torch.equal(cond["rope"], rope)
+    positions = torch.arange(3000, dtype=torch.float64)
+    angles = torch.outer(positions, model.rotary_embed.inv_freq.double())
+    exact = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    assert (rope - exact).abs().max() < 1e-6
+    assert cond["conditions"].dtype == torch.bfloat16
+    mel = sampler.sample(model, torch.randn(1, 3000, 12), cond, grids.uniform(2))
+    assert mel.dtype == torch.float32
+    assert mel.isfinite().all()
+
+
+def test_half_precision_is_near_float32(variant):
+    model = small_model(variant)
+    given = conditions(model, [40, 25])
+    x, (t, r) = torch.randn(2, 40, 12), times(2)
+    with torch.no_grad():
+        exact = model(x, t, r, model.prepare(**given))
+        half = model.bfloat16()
+        assert relative_rms(half(x, t, r, half.prepare(**given)).float(), exact) < 0.03
+
+
+def test_permuted_rows_permute_the_output(variant):
+    model = small_model(variant)
+    given = conditions(model, LENGTHS)
+    x, (t, r), order = torch.randn(4, 96, 12), times(4), torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        expected = model(x, t, r, model.prepare(**given))[order]
+        shuffled = model.prepare(**{name: value[order] for name, value in given.items()})
+        got = model(x[order], t[order], r[order], shuffled)
+        taken = model(x[order], t[order], r[order], model.prepare(**given).take(order))
+    assert relative_rms(got, expected) <= 1e-6
+    assert torch.equal(taken, got)
+
+
+def test_guided_shares_the_state_and_drops_the_conditions(variant):
+    model = small_model(variant)
+    given = conditions(model, [30, 22])
+    x, (t, r) = torch.randn(2, 30, 12), times(2)
+    with torch.no_grad():
+        cond = model.prepare(**given, guided=True)
+        both = model(x, t, r, cond)
+        assert both.shape == (4, 30, 12)
+        conditional = model(x, t, r, model.prepare(**given))
+        assert relative_rms(both[:2], conditional) <= 1e-5
+        again = model(x, t, r, cond.conditional())
+        assert relative_rms(again, conditional) <= 1e-6
+        others = conditions(model, [30, 22], seed=7) | {"text": given.get("text")}
+        others = {k: v for k, v in others.items() if v is not None}
+        swapped = model(x, t, r, model.prepare(**others, guided=True))
+    torch.testing.assert_close(swapped[2:], both[2:])
+    assert not torch.allclose(swapped[:2], both[:2])
+
+
+def test_conditioning_is_what_it_declares(variant):
+    model = small_model(variant)
+    cond = model.prepare(**conditions(model, [30, 22]), guided=True, streaming=True)
+    sizes: dict[str, set[int]] = {}
+    for name, tensor in cond.items():
+        spec = model.specs[name]
+        assert isinstance(tensor, torch.Tensor)
+        assert tensor.dtype == (spec.dtype or model.dtype)
+        for dim, size in zip(spec.dims, tensor.shape, strict=True):
+            sizes.setdefault(dim, set()).add(size)
+    assert sizes == {"rows": {4}, "frames": {30}, "dim": {32}, "head_dim": {16}}
+
+
+def test_streaming_sees_whole_blocks_and_the_past_only():
+    model = small_model("cosyvoice3", chunk=10)
+    given = conditions(model, [40])
+    x, (t, r) = torch.randn(1, 40, 12), times(1)
+
+    def run(x, **switches):
+        with torch.no_grad():
+            return model(x, t, r, model.prepare(**given, **switches))
+
+    changed = x.clone()
+    changed[:, 25] += 1
+    before, after = run(x, streaming=True), run(changed, streaming=True)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.equal(before[:, 20:25], after[:, 20:25])
+    assert not torch.equal(run(x)[:, :20], run(changed)[:, :20])
+
+
+def test_untrained_model_answers_zero():
+    model = DiT(DiTConfig(dim=32, depth=2, heads=2, head_dim=16, channels=12))
+    given = conditions(model, [9])
+    with torch.no_grad():
+        assert not model(torch.randn(1, 9, 12), *times(1), model.prepare(**given)).any()
+
+
+@pytest.mark.parametrize("switches", [{"qk_norm": True}, {"long_skip": True}, {"ff_mult": 4}])
+def test_state_dicts_carry_their_sizes(variant, switches):
+    model = small_model(variant, **switches)
+    loaded = DiT.from_state_dict(model.state_dict(), variant, heads=2).eval()
+    assert loaded.config == model.config
+    given = conditions(model, [12])
+    x, (t, r) = torch.randn(1, 12, 12), times(1)
+    with torch.no_grad():
+        expected = model(x, t, r, model.prepare(**given))
+        assert torch.equal(loaded(x, t, r, loaded.prepare(**given)), expected)
+
+
+def test_a_missing_mixer_loads_as_the_identity_and_a_trained_one_as_itself():
+    teacher = small_model("f5_v1")
+    asked = DiT.from_state_dict(teacher.state_dict(), "f5_v1", heads=2, mixer=True)
+    assert torch.equal(asked.time_embed_mixer.weight, torch.eye(32, 64))
+    student = teacher.student()
+    torch.nn.init.normal_(student.time_embed_mixer.weight)
+    again = DiT.from_state_dict(student.state_dict(), "f5_v1", heads=2)
+    assert torch.equal(again.time_embed_mixer.weight, student.time_embed_mixer.weight)
+
+
+def test_public_sizes():
+    """Parameter counts of the published checkpoints, without allocating them."""
+    with torch.device("meta"):
+        f5 = DiT(
+            DiTConfig.for_variant(
+                "f5_v1", text=TextConfig(vocab=2545), dim=1024, depth=22, heads=16
+            )
+        )
+        small = DiT(
+            DiTConfig.for_variant("f5_v0", text=TextConfig(vocab=2545), dim=768, depth=18, heads=12)
+        )
+        cosyvoice3 = DiT(DiTConfig.for_variant("cosyvoice3", dim=1024, depth=22, heads=16))
+    assert sum(p.numel() for p in f5.parameters()) == 337_096_804
+    assert sum(p.numel() for p in small.parameters()) == 159_228_772
+    assert round(sum(p.numel() for p in cosyvoice3.parameters()) / 1e6, 1) == 331.1
+
+
+def test_compiles_without_graph_breaks(variant):
+    torch._dynamo.reset()
+    model = small_model(variant).student().eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for frames in (24, 31):
+        given = conditions(model, [frames, frames - 5])
+        x, (t, r) = torch.randn(2, frames, 12), times(2)
+        with torch.no_grad():
+            cond = model.prepare(**given, guided=True)
+            torch.testing.assert_close(compiled(x, t, r, cond), model(x, t, r, cond))
