@@ -47,7 +47,7 @@ def sample(
         ValueError, TypeError: naming the argument, the expected and the given value.
     """
     check_state("noise", noise)
-    times = grids.make(grid, nfe).to(noise.device)
+    times = grids.make(grid, nfe).to(noise.device, non_blocking=True)
     check_guidance(guidance, noise.shape[0])
     steps = times.numel() - 1
     per_row = times[:, None].expand(-1, noise.shape[0]).contiguous()

@@ -92,7 +92,7 @@ class Teacher:
         checks.interval(t, r, rows)
         checks.positive_int("nfe", nfe)
         guidance.check(self.guidance, rows)
-        fractions = _fractions(spacing, nfe, rows).to(device=z.device, dtype=t.dtype)
+        fractions = _fractions(spacing, nfe, rows).to(z.device, t.dtype, non_blocking=True)
         length = r - t
         times = torch.minimum(t + length * fractions, r)
         run = euler(

@@ -1,6 +1,7 @@
 """Kernels run under the Triton interpreter where there is no CUDA device."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -10,15 +11,19 @@ if not torch.cuda.is_available():
 
 import pytest
 
+ON_DEVICE = Path(__file__).parent / "ops"
+"""Tests that run on whatever device there is: on a CUDA machine they are GPU tests too."""
+
 
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if torch.cuda.is_available() and item.path.is_relative_to(ON_DEVICE):
+            item.add_marker(pytest.mark.gpu)
+        elif not torch.cuda.is_available() and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -95,7 +96,7 @@ def test_min_gap():
 @given(st.lists(st.floats(-0.5, 1.5, width=32), min_size=0, max_size=6))
 def test_validate_takes_ascending_grids_and_no_others(inner):
     grid = [0.0, *inner, 1.0]
-    if all(a < b for a, b in zip(grid, grid[1:], strict=False)):
+    if all(a < b for a, b in itertools.pairwise(grid)):
         assert grids.validate(grid).tolist() == grid
     else:
         with pytest.raises(ValueError, match="grid: expected strictly ascending times"):

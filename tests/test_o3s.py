@@ -179,6 +179,29 @@ def test_on_any_metric(seed, nfe, higher, start, tolerance, min_gap, budget):
     assert (result.stopped == "budget") <= (len(values) == budget)
 
 
+@pytest.mark.parametrize("higher", [False, True])
+def test_min_gap_where_the_optimum_is_none(higher):
+    """All positions pull to one end and stop at the gap."""
+    metric = Counted(sum)
+    result = o3s.search(metric, 3, higher_is_better=higher, tolerance=0.01, min_gap=0.06)
+    for grid in metric.asked:
+        assert torch.tensor(grid).diff().min() >= 0.06 - 1e-7
+    want = torch.tensor([0.88, 0.94] if higher else [0.06, 0.12])
+    assert (result.grid[1:-1] - want).abs().max() <= 0.02
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10_000), nfe=st.integers(2, 4))
+def test_converged_grid_is_a_fixed_point(seed, nfe):
+    """No position search from it brings anything."""
+    options = {"higher_is_better": False, "tolerance": 0.1}
+    result = o3s.search(rugged_on_grids(seed), nfe, **options)
+    assert result.stopped == "converged"
+    again = o3s.search(rugged_on_grids(seed), nfe, start=result.grid, **options)
+    assert again.best == again.evaluations[0]
+    assert again.value == result.value
+
+
 def test_one_position_moves_at_a_time():
     result = o3s.search(rugged_on_grids(3), 4, higher_is_better=True, max_sweeps=3)
     best = result.evaluations[0]
@@ -325,6 +348,23 @@ def test_save_and_load(tmp_path):
     assert torch.equal(loaded.grid, result.grid)
     assert json.loads(path.read_text())["nfe"] == 3
     assert list(tmp_path.iterdir()) == [path], "no temporary file stays"
+
+
+def test_save_is_atomic(tmp_path):
+    path = tmp_path / "search.json"
+    result = o3s.search(lambda grid: 1.0, 2, higher_is_better=True, save_to=path)
+    old = path.read_text()
+    with path.open() as reader:
+        result.stopped = "budget"
+        result.save(path)
+        assert reader.read() == old, "who reads meanwhile sees the old file"
+    assert '"budget"' in path.read_text()
+
+    result.stopped = object()
+    with pytest.raises(TypeError):
+        result.save(path)
+    assert '"budget"' in path.read_text()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_save_and_load_of_nan(tmp_path):

@@ -441,6 +441,7 @@ def test_gradients_reach_the_student_alone(source, w):
     model, student = TeacherModule(), Scale()
     shift = torch.arange(6.0).requires_grad_()
     material = batch(dtype=torch.float32, conditions={"shift": shift})
+    material.x1.requires_grad_()
     objective = IntMeanFlow(Teacher(model, w), nfe=3, source=source, targets=2)
     loss, info = objective(student, material)
     assert not any(value.requires_grad for value in info.values())
@@ -448,6 +449,7 @@ def test_gradients_reach_the_student_alone(source, w):
     assert student.weight.grad.abs().min() > 0
     assert model.slope.grad is None
     assert shift.grad is None
+    assert material.x1.grad is None
     assert set(model.guided) == {w is not None}
 
 
@@ -457,7 +459,7 @@ def test_conditions_reach_teacher_and_student():
     objective = IntMeanFlow(Teacher(TeacherModule()), nfe=1, intervals=FULL, source="noise")
     material = batch(dtype=torch.float32, conditions={"shift": shift})
     objective(student, material)
-    z, _, _, cond = student.inputs[0]
+    _, _, _, cond = student.inputs[0]
     assert cond["shift"] is shift
     assert cond["lengths"] is material.lengths
     rollout = objective.rollout(material)

@@ -10,7 +10,6 @@ from imf_kernels import Teacher, grids
 from imf_kernels.sampler import sample
 from tests.flows import FLOWS, GUIDED, Flow, Linear
 
-
 UNIT = st.integers(1, 1023).map(lambda k: k / 1024)
 
 

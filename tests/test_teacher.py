@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_converges_at_first_order_to_the_mean_velocity(name):
     for nfe in (32, 64, 128):
         got = Teacher(flow).integrate(z, T, R, nfe).displacement / (R - T)[:, None, None]
         errors.append((got - want).flatten(1).norm(dim=1))
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in itertools.pairwise(errors):
         ratio = coarse / fine
         assert ((ratio > 1.9) & (ratio < 2.1)).all(), ratio
     assert relative_error(got, want) < 0.01
@@ -141,10 +142,23 @@ def test_short_intervals_keep_their_digits(length):
     r = t + length
     z = 10 + state(frames=50, dtype=torch.float32)
     for flow in (FLOWS["linear"], FLOWS["gaussian"]):
-        run = Teacher(flow).integrate(z, t, r, 8)
-        exact = Teacher(flow).integrate(z.double(), t.double(), r.double(), 8)
-        assert relative_error(run.displacement, exact.displacement) < 5e-6
-        assert relative_error(run.z - z, exact.displacement) > 5e-6
+        run = Teacher(flow).integrate(z, t, r, 8, keep=True)
+        exact = Teacher(flow).integrate(z.double(), t.double(), r.double(), 8, keep=True)
+        assert relative_error(run.displacement, exact.displacement) < 2e-6
+        assert relative_error(run.z - z, exact.displacement) > 1e-5
+        for substep, want in zip(
+            run.displacements.diff(dim=0), exact.displacements.diff(dim=0), strict=True
+        ):
+            assert relative_error(substep, want) < 2e-6
+
+
+def test_times_stay_within_the_interval():
+    t, r = torch.rand(2, 4000).square().sort(dim=0).values
+    run = Teacher(FLOWS["constant"]).integrate(torch.zeros(4000, 1, 1), t, r, 3)
+    assert (t + (r - t) > r).any(), "rounding would overshoot"
+    assert torch.equal(run.times[0], t)
+    assert (run.times <= r).all()
+    torch.testing.assert_close(run.times[-1], r, rtol=0, atol=1e-7)
 
 
 def test_interval_of_no_length_does_not_move():

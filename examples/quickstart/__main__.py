@@ -78,7 +78,8 @@ def run(seed: int, minutes: float, out: Path, device: torch.device) -> dict[str,
     teacher = load_teacher().to(device)
     with clock.part("speaking the corpus"):
         corpus = build_corpus(seed, teacher.symbols)
-        dev, test = (Split(split, seed, device) for split in (corpus.dev, corpus.test))
+        dev = Split(corpus.dev[::2], seed, device)  # half of it: the search is patient
+        test = Split(corpus.test, seed, device)
     with clock.part("distilling") as progress:
         updates = experiment.plan_updates(
             teacher,

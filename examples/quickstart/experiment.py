@@ -24,9 +24,9 @@ FINE = 32
 """Steps of the teacher's reference solve."""
 
 BATCH_SIZE = 16
-TEACHER_NFE = 8
+TEACHER_NFE = 16
 UPDATES = 700
-UPDATES_PER_ROLLOUT = 12
+UPDATES_PER_ROLLOUT = 16
 LEARNING_RATE = 1e-3
 FULL_SHARE = 0.2
 
@@ -107,7 +107,7 @@ def search_grid(
     def distance(grid: Tensor) -> float:
         return metrics.to_teacher(dev.scored(dev.solve(model, grid, guidance)), reference)
 
-    return o3s.search(distance, nfe, higher_is_better=False, tolerance=0.05, budget=24)
+    return o3s.search(distance, nfe, higher_is_better=False, tolerance=0.05, budget=20)
 
 
 def measure(
@@ -138,7 +138,7 @@ def measure(
             models[name],
             grid,
             GUIDANCE if name == "teacher" else None,
-            repeats=3 if nfe <= 4 else 1,
+            repeats=2 if nfe <= 4 else 1,
         )
         mels[f"{name} {nfe} {kind}"] = solved
         scored = test.scored(solved)

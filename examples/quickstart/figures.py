@@ -124,7 +124,11 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             panel.axhline(ideal, color="#009E73", linewidth=1, linestyle=(0, (1, 2)), label="ideal")
         panel.set_yscale(scale)
         if scale == "log":
-            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            for axis_formatter in (
+                panel.yaxis.set_major_formatter,
+                panel.yaxis.set_minor_formatter,
+            ):
+                axis_formatter(StrMethodFormatter("{x:g}"))
         panel.set_title(title, fontsize=11, loc="left")
         _step_axis(panel, sorted({row["nfe"] for row in rows}))
     handles = {  # by label, each once: a panel may lack a curve

@@ -3,5 +3,14 @@
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
 from imf_kernels.models.config import DiTConfig, TextConfig
 from imf_kernels.models.dit import DiT
+from imf_kernels.models.time_embedding import TimeEmbedding, TimeEmbedMixer
 
-__all__ = ["Conditioning", "DiT", "DiTConfig", "TensorSpec", "TextConfig"]
+__all__ = [
+    "Conditioning",
+    "DiT",
+    "DiTConfig",
+    "TensorSpec",
+    "TextConfig",
+    "TimeEmbedMixer",
+    "TimeEmbedding",
+]

@@ -269,7 +269,8 @@ class DiT(nn.Module):
         lengths = lengths.to(device=device, dtype=torch.int64)
 
         inside = torch.arange(frames, device=device) < lengths[:, None]
-        prompt = torch.where(inside[:, :, None], prompt, 0.0)
+        outside = ~inside[:, :, None]
+        prompt = prompt.masked_fill(outside, 0.0)
         if self.text_embed is not None:
             text = _needed("text", text, {"mu": mu, "spks": spks})
             checks.shape("text", text, rows, "L")
@@ -286,7 +287,7 @@ class DiT(nn.Module):
             spks = _needed("spks", spks, {"text": text})
             checks.shape("mu", mu, rows, frames, channels)
             checks.shape("spks", spks, rows, channels)
-            mu = torch.where(inside[:, :, None], mu, 0.0)
+            mu = mu.masked_fill(outside, 0.0)
             spks = spks[:, None].expand(rows, frames, channels)
             branches = [self._conditions(prompt, mu, spks)]
             if guided:
@@ -332,8 +333,8 @@ class DiT(nn.Module):
         inside = torch.arange(frames, device=x.device) < cond["lengths"][:, None]
         mask = attention_mask(cond["key_lengths"], cond.get("chunk"), frames)
         e = self.embed_time(t, r).repeat(branches, 1)
-        # `where`, not a product: what lies beyond a row's length may be anything, NaN included
-        x = torch.where(inside[:rows, :, None], x.to(self.dtype), 0.0)
+        # filled, not multiplied: what lies beyond a row's length may be anything, NaN included
+        x = x.to(self.dtype).masked_fill(~inside[:rows, :, None], 0.0)
         h = self.input_embed.state(x).repeat(branches, 1, 1) + cond["conditions"]
         h = h + self.input_embed.conv_pos_embed(h, inside)
 

@@ -56,6 +56,6 @@ class Intervals:
         t = start * (1 - length)
         r = (t + length).clamp(max=1.0)
         full = kind < self.full
-        t, r = torch.where(full, 0.0, t), torch.where(full, 1.0, r)
+        t, r = t.masked_fill(full, 0.0), r.masked_fill(full, 1.0)
         r = torch.where(kind >= 1 - self.boundary, t, r)
         return t.to(device), r.to(device)

@@ -67,8 +67,8 @@ def draw_pairs(
     pairs = torch.triu_indices(nfe + 1, nfe + 1, offset=1, device=source)
     pick = torch.randint(pairs.shape[1], (rows,), generator=generator, device=source)
     whole = torch.rand(rows, generator=generator, device=source) < full
-    i = torch.where(whole, 0, pairs[0, pick])
-    j = torch.where(whole, nfe, pairs[1, pick])
+    i = pairs[0, pick].masked_fill(whole, 0)
+    j = pairs[1, pick].masked_fill(whole, nfe)
     return i.to(device), j.to(device)
 
 

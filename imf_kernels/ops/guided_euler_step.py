@@ -52,12 +52,16 @@ def reference(
     for substep in scaled[1:]:
         step = step + substep
     if lengths is not None:
-        inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        step = torch.where(inside[:, :, None], step, 0.0)
+        step = _zero_beyond(lengths, step)
     x = x + step
     if displacement is not None:
         displacement = displacement + step
     return EulerStep(x, displacement, x.to(model_dtype or x.dtype))
+
+
+def _zero_beyond(lengths: Tensor, step: Tensor) -> Tensor:
+    outside = torch.arange(step.shape[1], device=step.device) >= lengths[:, None]
+    return step.masked_fill(outside[:, :, None], 0.0)
 
 
 @jit(do_not_specialize=["frames", "scale"])
@@ -225,8 +229,7 @@ def _backward(ctx, grad_x, grad_displacement, grad_model_input):
         grad_x = grad_x + grad_model_input.to(grad_x.dtype)
     grad_step = grad_x + grad_displacement if ctx.has_displacement else grad_x
     if lengths is not None:
-        inside = torch.arange(grad_x.shape[1], device=grad_x.device) < lengths[:, None]
-        grad_step = torch.where(inside[:, :, None], grad_step, 0.0)
+        grad_step = _zero_beyond(lengths, grad_step)
     grad_v = dt[:, :, None, None] * grad_step
     if ctx.velocity_shape[1] != grad_x.shape[0]:
         w = ctx.scale if guidance is None else guidance.view(-1, 1, 1)

@@ -46,9 +46,9 @@ def _error(
         target = displacement / length
     else:
         instant = length == 0
-        target = torch.where(instant, velocity, displacement / torch.where(instant, 1.0, length))
+        target = torch.where(instant, velocity, displacement / length.masked_fill(instant, 1.0))
     error = wide(prediction) - target
-    return error if mask is None else torch.where(mask[:, :, None], error, 0.0)
+    return error if mask is None else error.masked_fill(~mask[:, :, None], 0.0)
 
 
 @jit

@@ -1,0 +1,196 @@
+"""The quickstart on a few utterances: its material, its metrics, and the run from end to end."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("espeakng_loader", reason="needs the [demo] extra")
+pytest.importorskip("librosa", reason="needs the [demo] extra")
+
+from examples.quickstart import __main__ as quickstart
+from examples.quickstart import corpus as corpus_module
+from examples.quickstart import experiment, metrics
+from examples.quickstart.audio import HOP, MELS, griffin_lim, log_mel, write_wav
+from examples.quickstart.corpus import build_corpus
+from examples.quickstart.data import MAX_PROMPT, random_prompts, training_batches
+from examples.quickstart.model import TEACHER, load_teacher, save_teacher
+from examples.quickstart.split import Split
+from imf_kernels import grids
+
+FEW = {"train": 40, "dev": 4, "test": 6}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    full, corpus_module.SENTENCES = corpus_module.SENTENCES, FEW
+    try:
+        yield build_corpus(0, load_teacher().symbols)
+    finally:
+        corpus_module.SENTENCES = full
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_teacher()
+
+
+def test_splits_share_no_sentence(corpus):
+    texts = [{u.text for u in split} for split in (corpus.train, corpus.dev, corpus.test)]
+    assert [len(split) for split in texts] == list(FEW.values())
+    assert len(set.union(*texts)) == sum(FEW.values())
+
+
+def test_texts_follow_the_seed(corpus, monkeypatch):
+    monkeypatch.setattr(corpus_module, "SENTENCES", FEW)
+    again = build_corpus(0, corpus.symbols)
+    other = build_corpus(1, corpus.symbols)
+    assert [u.text for u in again.test] == [u.text for u in corpus.test]
+    assert {u.text for u in other.test}.isdisjoint(u.text for u in corpus.test)
+
+
+def test_utterances_are_what_they_say(corpus):
+    for u in corpus.train:
+        assert u.mel.shape == (1 + len(u.audio) // HOP, MELS)
+        assert u.phonemes.shape == (len(u.mel),)
+        assert 0 <= int(u.phonemes.min()) <= int(u.phonemes.max()) < len(corpus.symbols)
+        assert 50 <= len(u.mel) <= 250
+    mels = torch.cat([u.mel for u in corpus.train])
+    assert abs(float(mels.mean())) < 0.2
+    assert abs(float(mels.std()) - 1) < 0.2
+
+
+def test_phonemes_lie_under_their_sound(corpus):
+    """The per-phoneme mean explains the mel best at no shift."""
+
+    def explained(shift):
+        pairs = [(u.mel, u.phonemes.roll(shift)) for u in corpus.train]
+        mel = torch.cat([m[8:-8] for m, _ in pairs])
+        phonemes = torch.cat([p[8:-8] for _, p in pairs])
+        hot = torch.nn.functional.one_hot(phonemes, len(corpus.symbols)).float()
+        means = (hot.T @ mel) / hot.sum(0).clamp(min=1)[:, None]
+        return 1 - float(
+            (mel - means[phonemes]).square().sum() / (mel - mel.mean(0)).square().sum()
+        )
+
+    by_shift = {shift: explained(shift) for shift in (-2, -1, 0, 1, 2)}
+    assert max(by_shift, key=by_shift.get) == 0
+    assert by_shift[0] > 0.35
+
+
+def test_resynthesis_is_near_the_truth(corpus, tmp_path):
+    import soundfile
+
+    mel = corpus.test[0].mel
+    audio = griffin_lim(mel)
+    again = log_mel(audio)[: len(mel)]
+    assert metrics.mcd([again], [mel[: len(again)]]) < 3.0
+    write_wav(tmp_path / "a.wav", audio)
+    read, rate = soundfile.read(tmp_path / "a.wav")
+    assert rate == 22050
+    assert len(read) == len(audio)
+    assert abs(read).max() <= 1
+
+
+def test_metrics_know_truth_blur_and_noise(corpus):
+    truth = [u.mel for u in corpus.test]
+    blurred = [torch.nn.functional.avg_pool1d(m[:, None], 5, 1, 2)[:, 0] for m in truth]
+    noise = [torch.randn_like(m) for m in truth]
+    assert metrics.mcd(truth, truth) == 0
+    assert metrics.frechet(truth, truth) == pytest.approx(0, abs=1e-6)
+    assert metrics.sharpness(truth, truth) == pytest.approx(1)
+    assert metrics.to_teacher(truth, truth) == 0
+    assert metrics.c2st(truth, truth) == pytest.approx(0.5, abs=0.02)
+    assert metrics.sharpness(blurred, truth) < 0.5
+    assert metrics.c2st(blurred, truth) > 0.8
+    assert 1 < metrics.frechet(blurred, truth) < metrics.frechet(noise, truth)
+    assert metrics.mcd(blurred, truth) < metrics.mcd(noise, truth)
+    offset = [m + 0.5 for m in truth]
+    assert metrics.to_teacher(offset, truth) == pytest.approx(0.5)
+    assert metrics.c2st(noise, truth, seed=3) == metrics.c2st(noise, truth, seed=3)
+
+
+def test_batches_carry_prompts_and_masks(corpus):
+    generator = torch.Generator().manual_seed(0)
+    batch = next(training_batches(corpus.train, 8, generator, CPU))
+    prompted = batch.conditions["prompt"].abs().sum(-1) > 0
+    assert not (prompted & batch.loss_mask).any()
+    assert torch.equal(batch.loss_mask | prompted, batch.valid())
+    drawn = torch.stack([random_prompts(corpus.train, generator) for _ in range(50)]).float()
+    lengths = torch.tensor([len(u.mel) for u in corpus.train])
+    assert float((drawn / lengths).max()) <= MAX_PROMPT
+    assert 0.4 < float((drawn == 0).float().mean()) < 0.6
+
+
+def test_shipped_teacher(teacher, tmp_path):
+    assert TEACHER.stat().st_size <= 6_000_000
+    assert teacher.symbols[0] == "_"
+    assert not teacher.training
+    save_teacher(teacher, tmp_path / "again.safetensors")
+    again = load_teacher(tmp_path / "again.safetensors")
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, teacher.state_dict()[name])
+
+
+def test_teacher_speaks(corpus, teacher):
+    """Four guided steps from noise are nearer to the truth than any mean could be."""
+    split = Split(corpus.test, 0, CPU)
+    mels = split.solve(teacher, grids.uniform(4), experiment.GUIDANCE)
+    assert all(m.shape == u.mel.shape for m, u in zip(mels, split.utterances, strict=True))
+    for mel, prompt, u in zip(mels, split.prompts, split.utterances, strict=True):
+        assert torch.equal(mel[:prompt], u.mel[:prompt])
+    mean = torch.cat([u.mel for u in corpus.train]).mean(0)
+    flat = [mean.expand(len(m), -1) for m in split.truth]
+    assert metrics.mcd(split.scored(mels), split.truth) < 0.5 * metrics.mcd(flat, split.truth)
+
+
+def test_claims_compare_what_they_say():
+    def row(model, nfe, **values):
+        keys = ("frechet", "sharpness", "c2st", "to_teacher", "seconds_per_audio_second")
+        return {"model": model, "nfe": nfe, "grid": "uniform", **dict.fromkeys(keys, 1.0), **values}
+
+    steps = (32, 8, 4, 3, 2, 1)
+    rows = [row(m, n) for m in ("teacher", "teacher_unguided", "student") for n in steps]
+    found = {claim["claim"]: claim for claim in experiment.claims(rows)}
+    held = [claim["holds"] for claim in found.values()]
+    assert held.count(False) == 2  # at equal distances the two shares are missed
+    rows = [r for r in rows if (r["model"], r["nfe"]) != ("student", 1)]
+    rows.append(row("student", 1, frechet=1.6, c2st=1.1, sharpness=0.5, to_teacher=0.4))
+    text = {claim["claim"] for claim in experiment.claims(rows) if not claim["holds"]}
+    assert len(text) == 4
+    assert not any("distance to the fine solve" in name and "NFE 1" in name for name in text)
+
+
+@pytest.mark.timeout(600)
+def test_the_whole_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "SENTENCES", {"train": 16, "dev": 2, "test": 3})
+    out = tmp_path / "demo"
+    arguments = ["--seed", "5", "--minutes", "0.1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["quickstart", *arguments])
+    quickstart.main()
+    results = json.loads((out / "results.json").read_text())
+    assert results["seed"] == 5
+    assert {"machine", "versions", "timings", "claims"} <= results.keys()
+    seen = {(row["model"], row["nfe"], row["grid"]) for row in results["rows"]}
+    for name, steps in (
+        ("teacher", (32, 8, 4, 3, 2, 1)),
+        ("teacher_unguided", (32, 8, 4, 3, 2, 1)),
+        ("student", (8, 4, 3, 2, 1)),
+    ):
+        assert {(name, nfe, "uniform") for nfe in steps} <= seen
+    assert ("student", 2, "o3s") in seen
+    for row in results["rows"]:
+        for key in ("mcd", "frechet", "sharpness", "c2st", "to_teacher"):
+            assert row[key] == row[key] >= 0
+        assert row["seconds_per_audio_second"] > 0
+        assert row["times"][0] == 0
+        assert row["times"][-1] == 1
+    for name in ("spectrograms.png", "curves.png", "o3s.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert len(list((out / "audio").glob("*.wav"))) == 21
+    page = (out / "report.html").read_text()
+    assert page.count("data:audio/") == 21
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
