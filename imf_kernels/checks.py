@@ -6,6 +6,8 @@ tensor would wait for the device.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,9 @@ def floating(name: str, tensor: Tensor) -> None:
     dtype(name, tensor, *FLOATING)
 
 
-def same_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
+def same_device(name: str, tensor: Tensor | None, device: torch.device) -> None:
+    """None passes: an optional tensor that was not given is nowhere."""
+    if tensor is not None and tensor.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
 
 
@@ -84,3 +87,13 @@ def interval(t: Tensor, r: Tensor, rows: int, *, strict: bool = False) -> None:
             f"r: expected r > t (at r = t the displacement over the length is 0/0), "
             f"got t = {t.tolist()}, r = {r.tolist()}"
         )
+
+
+def guidance(w: Tensor | float | None, state: Tensor) -> None:
+    """Raises unless `w` is None, a finite number, or a tensor `(B,)` of the state's dtype."""
+    if isinstance(w, Tensor):
+        shape("guidance", w, state.shape[0])
+        dtype("guidance", w, state.dtype)
+        same_device("guidance", w, state.device)
+    elif w is not None and not (isinstance(w, int | float) and math.isfinite(w)):
+        raise ValueError(f"guidance: expected a finite number or a tensor (B,), got {w!r}")

@@ -8,12 +8,14 @@ the process, `with backend("reference")` for a scope (forward-mode AD needs it).
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,9 +38,16 @@ def _current() -> str:
     return _forced.get()
 
 
-# `torch.compile` cannot trace a ContextVar. `torch.compiler.assume_constant_result` does just this,
-# but importing dynamo for it costs every import of the package more than a second.
-_current._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _constant_to_dynamo(function: Any) -> None:
+    """Let `torch.compile` take the function's result, here a ContextVar's, as a constant.
+
+    `torch.compiler.assume_constant_result` does just this, but importing dynamo for it costs every
+    import of the package more than a second.
+    """
+    function._dynamo_marked_constant = True
+
+
+_constant_to_dynamo(_current)
 
 
 def _load_extension() -> bool:
@@ -67,7 +76,7 @@ def backend(name: str) -> Iterator[None]:
     """Within the scope, run every op on `name`: "auto", "reference", "cpp" or "triton".
 
     "cpp" applies to the ops that have a C++ kernel; the others keep their default. A function under
-    `torch.compile` keeps the choice that it was traced with.
+    `torch.compile` keeps the choice between kernel and reference that it was traced with.
     """
     token = _forced.set(_choice(name, "backend"))
     try:
@@ -96,12 +105,10 @@ def use_kernel(x: Tensor, *others: Tensor | None, cpp: bool = False) -> bool:
             which forward-mode AD would return a zero tangent without a word.
     """
     choice = _current()
-    if choice == "auto":
-        kernel = HAS_TRITON if x.is_cuda else (cpp and HAS_EXTENSION)
-    elif choice == "cpp":
-        kernel = (HAS_TRITON if x.is_cuda else HAS_EXTENSION) if cpp else x.is_cuda and HAS_TRITON
-        if cpp and not x.is_cuda and not HAS_EXTENSION:
-            raise RuntimeError("backend: 'cpp' needs the C++ extension, which is not built")
+    if choice == "cpp" and not HAS_EXTENSION:
+        raise RuntimeError("backend: 'cpp' needs the C++ extension, which is not built")
+    if choice in ("auto", "cpp"):
+        kernel = triton_runs() if x.is_cuda else cpp and HAS_EXTENSION
     elif choice == "triton":
         kernel = True
         if not HAS_TRITON or not (x.is_cuda or INTERPRETED):
@@ -114,6 +121,30 @@ def use_kernel(x: Tensor, *others: Tensor | None, cpp: bool = False) -> bool:
     if kernel and not torch.compiler.is_compiling():
         _refuse_dual(x, *others)
     return kernel
+
+
+def triton_runs() -> bool:
+    """Whether Triton can launch here: it builds its driver with a C compiler at first use."""
+    return _triton_starts()
+
+
+_constant_to_dynamo(triton_runs)
+
+
+@functools.cache
+def _triton_starts() -> bool:
+    if not HAS_TRITON:
+        return False
+    try:
+        importlib.import_module("triton").runtime.driver.active.get_current_target()
+    except Exception as error:  # whatever a broken toolchain raises
+        warnings.warn(
+            f"imf_kernels runs its plain-PyTorch reference: Triton does not start here: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def runs_triton(x: Tensor) -> bool:

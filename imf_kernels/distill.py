@@ -51,6 +51,12 @@ def distill(
         FloatingPointError: a gradient that is not finite; the weights are those before the update.
     """
     checks.positive_int("updates", updates)
+    if not 0 <= warmup <= updates:
+        raise ValueError(f"warmup: expected an integer in [0, {updates}], got {warmup}")
+    if not clip > 0:
+        raise ValueError(f"clip: expected a number > 0, got {clip}")
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay: expected a number in [0, 1), got {ema_decay}")
     parameters = [p for p in student.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("student: expected trainable parameters, got none")
@@ -60,7 +66,7 @@ def distill(
     ema = None
     if ema_decay is not None:
         ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-    student.train()
+    _train_mode(student)
     source = iter(batches)
     for update in range(updates):
         batch = next(source, None)
@@ -84,6 +90,15 @@ def distill(
     if ema is not None:
         student.load_state_dict(ema.module.state_dict())
     return student.eval()
+
+
+def _train_mode(student: nn.Module) -> None:
+    """Training mode, but frozen parts (an encoder) stay in eval."""
+    student.train()
+    for module in student.modules():
+        own = list(module.parameters())
+        if own and not any(p.requires_grad for p in own):
+            module.eval()
 
 
 def schedule(update: int, updates: int, warmup: int) -> float:

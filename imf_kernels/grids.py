@@ -54,8 +54,8 @@ def cosine(nfe: int) -> Tensor:
     return _pin_ends(1 - torch.cos(torch.pi / 2 * uniform(nfe)))
 
 
-def validate(grid: Tensor | Sequence[float], *, min_gap: float = 0.0) -> Tensor:
-    """A custom grid as a float32 tensor, checked.
+def validate(grid: Tensor | Sequence[float], *, min_gap: float = 0.0, name: str = "grid") -> Tensor:
+    """A custom grid as a float32 tensor, checked. `name` is the argument that errors speak of.
 
     Raises:
         ValueError: not one-dimensional, fewer than two times, not finite, ends other than 0 and 1,
@@ -64,39 +64,43 @@ def validate(grid: Tensor | Sequence[float], *, min_gap: float = 0.0) -> Tensor:
     """
     grid = torch.as_tensor(grid, dtype=torch.float32)
     if grid.ndim != 1 or grid.numel() < 2:
-        raise ValueError(f"grid: expected shape (nfe + 1,) with nfe >= 1, got {tuple(grid.shape)}")
+        raise ValueError(
+            f"{name}: expected shape (nfe + 1,) with nfe >= 1, got {tuple(grid.shape)}"
+        )
     if not checks.readable(grid):
         return grid
     times = grid.tolist()
     if not bool(torch.isfinite(grid).all()):
-        raise ValueError(f"grid: expected finite times, got {times}")
+        raise ValueError(f"{name}: expected finite times, got {times}")
     if times[0] != 0.0 or times[-1] != 1.0:
-        raise ValueError(f"grid: expected times from 0 to 1, got {times}")
+        raise ValueError(f"{name}: expected times from 0 to 1, got {times}")
     gaps = grid.diff()
     if not bool((gaps > 0).all()):
-        raise ValueError(f"grid: expected strictly ascending times, got {times}")
-    if float(gaps.min()) < min_gap:
-        raise ValueError(f"grid: expected neighbours at least {min_gap} apart, got {times}")
+        raise ValueError(f"{name}: expected strictly ascending times, got {times}")
+    if float(gaps.min()) < min_gap - 1e-6:  # float32 times
+        raise ValueError(f"{name}: expected neighbours at least {min_gap} apart, got {times}")
     return grid
 
 
 NAMED = {"uniform": uniform, "sway": sway, "epss": epss, "cosine": cosine}
 
 
-def make(grid: str | Tensor | Sequence[float], nfe: int | None = None) -> Tensor:
+def make(
+    grid: str | Tensor | Sequence[float], nfe: int | None = None, *, name: str = "grid"
+) -> Tensor:
     """A named grid ("uniform", "sway", "epss", "cosine") of `nfe` steps, or a validated custom one.
 
     Raises:
         ValueError: unknown name, `nfe` missing for a name or different from a custom grid's.
     """
     if isinstance(grid, str):
-        checks.choice("grid", grid, tuple(NAMED))
+        checks.choice(name, grid, tuple(NAMED))
         if nfe is None:
             raise ValueError(f"nfe: expected an integer for the named grid {grid!r}, got None")
         return NAMED[grid](nfe)
-    grid = validate(grid)
+    grid = validate(grid, name=name)
     if nfe is not None and grid.numel() != nfe + 1:
-        raise ValueError(f"grid: expected {nfe + 1} times for nfe = {nfe}, got {grid.numel()}")
+        raise ValueError(f"{name}: expected {nfe + 1} times for nfe = {nfe}, got {grid.numel()}")
     return grid
 
 

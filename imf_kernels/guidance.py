@@ -7,12 +7,8 @@ F5-TTS writes `v_c + s (v_c - v_u)`, so w = 1 + s; CosyVoice `(1 + c) v_c - c v_
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-
-from imf_kernels import checks
 
 
 def from_f5(cfg_strength: float) -> float:
@@ -30,17 +26,13 @@ def combine(velocity: Tensor, w: Tensor | float) -> Tensor:
 
     Rows `[0:B]` are conditional, `[B:2B]` unconditional. `w` is a number or `(B,)`.
     """
+    if velocity.shape[0] % 2:
+        raise ValueError(
+            f"velocity: expected 2B rows, conditional then unconditional, got {velocity.shape[0]}"
+        )
     conditional, unconditional = velocity.to(
         torch.promote_types(velocity.dtype, torch.float32)
     ).chunk(2)
     if isinstance(w, Tensor):
         w = w.view(-1, 1, 1)
     return unconditional + w * (conditional - unconditional)
-
-
-def check(w: Tensor | float | None, rows: int) -> None:
-    """Raises ValueError unless `w` is None, a finite number, or a tensor `(rows,)`."""
-    if isinstance(w, Tensor):
-        checks.shape("guidance", w, rows)
-    elif w is not None and not math.isfinite(w):
-        raise ValueError(f"guidance: expected a finite number, got {w}")

@@ -44,7 +44,7 @@ class SearchResult:
     evaluations it holds and pays only for new ones.
 
     Attributes:
-        nfe, higher_is_better, start, tolerance, min_gap: The settings.
+        nfe, higher_is_better, start, tolerance, min_gap, min_gain: The settings.
         evaluations: Every paid evaluation, in order.
         stopped: "converged", "budget" or "sweeps"; "running" until then.
     """
@@ -54,12 +54,15 @@ class SearchResult:
     start: tuple[float, ...]
     tolerance: float
     min_gap: float
+    min_gain: float
     evaluations: list[Evaluation] = field(default_factory=list)
     stopped: str = "running"
 
     @property
     def best(self) -> Evaluation:
         """The best evaluation; the earliest among equals, so never worse than the start."""
+        if not self.evaluations:
+            raise ValueError("evaluations: expected at least one, got none")
         key = _ascending(self.higher_is_better)
         return min(self.evaluations, key=lambda evaluation: key(evaluation.value))
 
@@ -127,7 +130,8 @@ class SearchResult:
                 )
                 axes.legend(fontsize=8)
         if path is not None:
-            figure.savefig(path, dpi=120)
+            with replacing(Path(path)) as temporary:
+                figure.savefig(temporary, dpi=120, format=Path(path).suffix.lstrip(".") or "png")
         return figure
 
 
@@ -139,6 +143,7 @@ def search(
     start: str | Tensor | Sequence[float] = "uniform",
     tolerance: float = 0.02,
     min_gap: float = 1e-3,
+    min_gain: float = 0.0,
     budget: int | None = None,
     max_sweeps: int | None = None,
     resume: SearchResult | None = None,
@@ -158,6 +163,8 @@ def search(
         start: First grid, a name or times.
         tolerance: A position's search ends when its bracket is this narrow.
         min_gap: Least distance of neighbouring times.
+        min_gain: A position's search was in vain unless it gained more than this. Where positions
+            interact, tiny gains otherwise keep the sweeps going.
         budget: At most this many paid evaluations, those of `resume` included.
         max_sweeps: At most this many sweeps over the positions.
         resume: Continue this search; its settings must be the same.
@@ -172,12 +179,16 @@ def search(
         raise ValueError(f"tolerance: expected a number > 0, got {tolerance}")
     if not 0 < min_gap < 1 / nfe:
         raise ValueError(f"min_gap: expected a number in (0, 1 / nfe), got {min_gap}")
+    if not min_gain >= 0:
+        raise ValueError(f"min_gain: expected a number >= 0, got {min_gain}")
     if budget is not None:
         checks.positive_int("budget", budget)
     if max_sweeps is not None:
         checks.positive_int("max_sweeps", max_sweeps)
-    first = grids.validate(grids.make(start, nfe), min_gap=min_gap)
-    result = SearchResult(nfe, higher_is_better, tuple(first.tolist()), tolerance, min_gap)
+    first = grids.validate(grids.make(start, nfe, name="start"), min_gap=min_gap, name="start")
+    result = SearchResult(
+        nfe, higher_is_better, tuple(first.tolist()), tolerance, min_gap, min_gain
+    )
     if resume is not None:
         if resume.settings() != result.settings():
             raise ValueError(
@@ -225,10 +236,9 @@ class _Search:
             for position in range(nfe - 1, 0, -1):
                 self.sweep, self.position = sweep, position
                 found, cost = self.ternary(grid, position)
+                in_vain = 0 if cost < best - self.result.min_gain else in_vain + 1
                 if cost < best:
-                    grid, best, in_vain = found, cost, 0
-                else:
-                    in_vain += 1
+                    grid, best = found, cost
                 if in_vain == nfe:
                     break
             sweep += 1
@@ -248,11 +258,11 @@ class _Search:
         while high - low > self.result.tolerance:
             third = (high - low) / 3
             left, right = low + third, high - third
-            difference = at(left) - at(right)
-            if difference == 0:  # a plateau: stay with the best point known
+            cost_left, cost_right = at(left), at(right)
+            if cost_left == cost_right:  # a plateau: stay with the best point known
                 best = min(tried, key=tried.__getitem__)
                 low, high = (left if best > left else low), (right if best < right else high)
-            elif difference > 0:
+            elif cost_left > cost_right:
                 low = left
             else:
                 high = right

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf_kernels import grids
-from imf_kernels.guidance import check as check_guidance
+from imf_kernels import checks, grids
 from imf_kernels.solver import Callback, VelocityModel, check_state, euler
 
 
@@ -29,12 +28,13 @@ def sample(
     """Carry noise to data: `x += (r - t) u(x, t, r)` over the grid's intervals.
 
     Args:
-        model: A student (no guidance), or a teacher with `guidance`.
+        model: A student (no guidance), or a teacher's model with `guidance`.
         noise: State at time 0, float32 `(B, N, C)`.
         cond: From `model.prepare`, prepared with `guided=True` if `guidance` is given.
         grid: Float32 times `(nfe + 1,)` ascending from 0 to 1, or a name with `nfe`.
         nfe: Number of evaluations; may be left out for a custom grid.
-        guidance: w (`imf_kernels.guidance`), a number or float32 `(B,)`; None for no guidance.
+        guidance: w (`imf_kernels.guidance`), a number or float32 `(B,)`; None for no guidance. The
+            number 1 is guidance too: it asks for both branches.
         intermediates: Return the states at all times, `(nfe + 1, B, N, C)`, noise first.
         callback: Called as `callback(k, x)` after step k.
         progress: Show a progress bar (needs `rich`).
@@ -47,8 +47,8 @@ def sample(
         ValueError, TypeError: naming the argument, the expected and the given value.
     """
     check_state("noise", noise)
-    times = grids.make(grid, nfe).to(noise.device, non_blocking=True)
-    check_guidance(guidance, noise.shape[0])
+    times = grids.make(grid, nfe).to(noise.device, non_blocking=noise.is_cuda)
+    checks.guidance(guidance, noise)
     steps = times.numel() - 1
     per_row = times[:, None].expand(-1, noise.shape[0]).contiguous()
     with torch.set_grad_enabled(grad), _Progress(steps, callback, progress) as on_step:
@@ -59,6 +59,7 @@ def sample(
             per_row.diff(dim=0),
             cond,
             guidance,
+            accumulate=False,
             keep=intermediates,
             callback=on_step,
         )

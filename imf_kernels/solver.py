@@ -27,10 +27,10 @@ class VelocityModel(Protocol):
 
 
 class Trajectory(NamedTuple):
-    """A solve: its end, and if they were asked for the states and displacements at every time."""
+    """A solve: its end, and what was asked for of its way."""
 
     x: Tensor
-    displacement: Tensor
+    displacement: Tensor | None
     states: Tensor | None
     displacements: Tensor | None
 
@@ -43,6 +43,7 @@ def euler(
     cond: Any,
     guidance: Tensor | float | None = None,
     *,
+    accumulate: bool = True,
     keep: bool = False,
     callback: Callback | None = None,
 ) -> Trajectory:
@@ -55,19 +56,27 @@ def euler(
             lost digits over short intervals.
         cond: For the model; doubled if and only if `guidance` is given.
         guidance: w, a number or `(B,)`.
-        keep: Keep all n + 1 states and accumulated displacements.
+        accumulate: Accumulate the displacement, apart from the state.
+        keep: Keep all n + 1 states, and the displacements if they are accumulated.
         callback: Called as `callback(k, x)` after step k.
     """
     rows = x.shape[0]
+    branches = 1 if guidance is None else 2
     lengths = row_lengths(cond, rows)
     dtype = model_dtype(model, x.dtype)
     dt = dt.to(x.dtype)
-    displacement = torch.zeros_like(x)
+    displacement = torch.zeros_like(x) if accumulate else None
     states, displacements = [x], [displacement]
     model_input = x.to(dtype)
     for k in range(dt.shape[0]):
         velocity = model(model_input, times[k], times[k + 1], cond)
-        step = guided_euler_step(
+        if velocity.shape[0] != branches * rows:
+            raise ValueError(
+                f"cond: expected one prepared for {branches * rows} rows "
+                f"({'with' if branches == 2 else 'without'} guidance), "
+                f"got a velocity of {velocity.shape[0]} rows"
+            )
+        x, displacement, model_input = guided_euler_step(
             x,
             velocity,
             dt[k],
@@ -76,8 +85,6 @@ def euler(
             displacement=displacement,
             model_dtype=dtype,
         )
-        assert step.displacement is not None
-        x, displacement, model_input = step.x, step.displacement, step.model_input
         if keep:
             states.append(x)
             displacements.append(displacement)
@@ -87,7 +94,7 @@ def euler(
         x,
         displacement,
         torch.stack(states) if keep else None,
-        torch.stack(displacements) if keep else None,
+        torch.stack([d for d in displacements if d is not None]) if keep and accumulate else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +15,15 @@ from imf_kernels.solver import VelocityModel, check_state, euler, model_dtype
 class Rollout(NamedTuple):
     """n Euler sub-steps of the teacher from `z` at `t` to `r`; states and sums at every time.
 
-    `displacement` is `sum dt v`, `(B, N, C)`, and `z` its state at `r`. `times` is `(n + 1, B)`;
+    `displacement` is `sum dt v`, `(B, N, C)`, and `z` its state at `r`. `times` and `elapsed` (the
+    time since `t`, with the digits that differences of `times` have lost) are `(n + 1, B)`;
     `states` and `displacements` (accumulated from 0) are `(n + 1, B, N, C)` if they were kept.
     """
 
     displacement: Tensor
     z: Tensor
     times: Tensor
+    elapsed: Tensor
     states: Tensor | None
     displacements: Tensor | None
 
@@ -55,8 +58,12 @@ class Teacher:
     def velocity(self, z: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         """The guided velocity at `(z, t)`: `(B, N, C)` in `z`'s dtype."""
         check_state("z", z)
-        checks.interval(t, t, z.shape[0])
+        rows, frames, channels = z.shape
+        checks.interval(t, t, rows)
+        checks.guidance(self.guidance, z)
         v = self.model(z.to(model_dtype(self.model, z.dtype)), t, t, cond)
+        doubled = 1 if self.guidance is None else 2
+        checks.shape("model's velocity", v, doubled * rows, frames, channels)
         if self.guidance is not None:
             v = guidance.combine(v, self.guidance)
         return v.to(z.dtype)
@@ -70,7 +77,7 @@ class Teacher:
         nfe: int,
         cond: Any = None,
         *,
-        spacing: str | Tensor = "uniform",
+        spacing: str | Tensor | Sequence[float] = "uniform",
         keep: bool = False,
     ) -> Rollout:
         """Run `nfe` Euler sub-steps from `z` at `t` to `r`, each row over its own interval.
@@ -91,22 +98,22 @@ class Teacher:
         rows = z.shape[0]
         checks.interval(t, r, rows)
         checks.positive_int("nfe", nfe)
-        guidance.check(self.guidance, rows)
-        fractions = _fractions(spacing, nfe, rows).to(z.device, t.dtype, non_blocking=True)
-        length = r - t
-        times = torch.minimum(t + length * fractions, r)
-        run = euler(
-            self.model, z, times, length * fractions.diff(dim=0), cond, self.guidance, keep=keep
-        )
-        return Rollout(run.displacement, run.x, times, run.states, run.displacements)
+        checks.same_device("t", t, z.device)
+        checks.same_device("r", r, z.device)
+        checks.guidance(self.guidance, z)
+        fractions = _fractions(spacing, nfe, rows).to(z.device, t.dtype, non_blocking=z.is_cuda)
+        elapsed = (r - t) * fractions
+        times = torch.minimum(t + elapsed, r)
+        dt = (r - t) * fractions.diff(dim=0)
+        run = euler(self.model, z, times, dt, cond, self.guidance, keep=keep)
+        assert run.displacement is not None
+        return Rollout(run.displacement, run.x, times, elapsed, run.states, run.displacements)
 
 
-def _fractions(spacing: str | Tensor, nfe: int, rows: int) -> Tensor:
+def _fractions(spacing: str | Tensor | Sequence[float], nfe: int, rows: int) -> Tensor:
     """Sub-step positions `(n + 1, 1)` or `(n + 1, B)` within the unit interval."""
-    if isinstance(spacing, str):
-        return grids.make(spacing, nfe)[:, None]
-    if spacing.ndim == 1:
-        return grids.make(spacing, nfe)[:, None]
+    if not isinstance(spacing, Tensor) or spacing.ndim == 1:
+        return grids.make(spacing, nfe, name="spacing")[:, None]
     checks.shape("spacing", spacing, nfe + 1, rows)
     if checks.readable(spacing):
         ends = bool((spacing[0] == 0).all()) and bool((spacing[-1] == 1).all())

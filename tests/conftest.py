@@ -15,6 +15,14 @@ ON_DEVICE = Path(__file__).parent / "ops"
 """Tests that run on whatever device there is: on a CUDA machine they are GPU tests too."""
 
 
+def pytest_report_header():
+    from imf_kernels import backends
+
+    installed = backends()
+    extension = "with the C++ extension" if installed["cpp"] else "pure Python, no C++ extension"
+    return f"imf_kernels: {extension}; {installed}"
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)

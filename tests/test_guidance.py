@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imf_kernels import guidance
+from imf_kernels import checks, guidance
 from tests.flows import times
 
 
@@ -52,4 +52,4 @@ def test_computes_in_float32(dtype):
 
 @pytest.mark.parametrize("w", [None, 1, 3.0, 0.0, torch.ones(2)])
 def test_check_lets_good_values_pass(w):
-    guidance.check(w, 2)
+    checks.guidance(w, torch.zeros(2, 3, 4))

@@ -15,6 +15,7 @@ FLOORS = {
     "checks": 0,
     "dispatch": 0,
     "files": 0,
+    "masks": 0,
     "ops": 1,
     "models": 2,
     "guidance": 2,

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,8 +62,8 @@ def main() -> None:
     if not args.minutes > 0:
         parser.error(f"--minutes: expected a number > 0, got {args.minutes}")
     args.out.mkdir(parents=True, exist_ok=True)
+    results = run(args.seed, args.minutes, args.out, args.device)
     with replacing(args.out / "results.json") as temporary:
-        results = run(args.seed, args.minutes, args.out, args.device)
         temporary.write_text(json.dumps(results, indent=1))
 
 
@@ -78,8 +79,10 @@ def run(seed: int, minutes: float, out: Path, device: torch.device) -> dict[str,
     teacher = load_teacher().to(device)
     with clock.part("speaking the corpus"):
         corpus = build_corpus(seed, teacher.symbols)
-        dev = Split(corpus.dev[::2], seed, device)  # half of it: the search is patient
-        test = Split(corpus.test, seed, device)
+        dev = Split(
+            corpus.dev[::2], _seed(seed, "dev"), device
+        )  # half of it: the search is patient
+        test = Split(corpus.test, _seed(seed, "test"), device)
     with clock.part("distilling") as progress:
         updates = experiment.plan_updates(
             teacher,
@@ -87,7 +90,9 @@ def run(seed: int, minutes: float, out: Path, device: torch.device) -> dict[str,
             seconds=60 * minutes * (1 - REST),
             most=max(round(experiment.UPDATES * minutes / 6), 1),
         )
-        student = experiment.distil_student(teacher, corpus.train, updates, seed, progress)
+        student = experiment.distil_student(
+            teacher, corpus.train, updates, _seed(seed, "training"), progress
+        )
     with clock.part("searching the grids (O3S)") as progress:
         fine = dev.solve(teacher, grids.uniform(experiment.FINE), experiment.GUIDANCE)
         reference = dev.scored(fine)
@@ -146,6 +151,11 @@ def run(seed: int, minutes: float, out: Path, device: torch.device) -> dict[str,
     show(console, results)
     console.print(f"{sum(clock.seconds.values()):.0f} s in all; open {page}")
     return results
+
+
+def _seed(seed: int, use: str) -> int:
+    """A seed of its own for each use, so that none shares another's noise."""
+    return zlib.crc32(f"{seed} {use}".encode())
 
 
 class Clock:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from examples.quickstart.corpus import Utterance
+from imf_kernels import masks
 from imf_kernels.objectives import Batch
 
 MAX_PROMPT = 0.3
@@ -18,9 +19,9 @@ MAX_PROMPT = 0.3
 def collate(utterances: Sequence[Utterance], prompts: Tensor, device: torch.device) -> Batch:
     """`prompts`: prompt frames per utterance, int64 `(B,)`."""
     x1 = pad_sequence([u.mel for u in utterances], batch_first=True)
-    frames = torch.arange(x1.shape[1])
+    frames = x1.shape[1]
     lengths = torch.tensor([len(u.mel) for u in utterances])
-    is_prompt = frames < prompts[:, None]
+    is_prompt = masks.inside(prompts, frames)
     conditions = {
         "phonemes": pad_sequence([u.phonemes for u in utterances], batch_first=True),
         "speakers": torch.tensor([u.speaker for u in utterances]),
@@ -30,7 +31,7 @@ def collate(utterances: Sequence[Utterance], prompts: Tensor, device: torch.devi
         x1=x1.to(device),
         lengths=lengths.to(device),
         conditions={name: value.to(device) for name, value in conditions.items()},
-        loss_mask=((frames < lengths[:, None]) & ~is_prompt).to(device),
+        loss_mask=(masks.inside(lengths, frames) & ~is_prompt).to(device),
     )
 
 

@@ -53,7 +53,7 @@ def plan_updates(
         start = time.perf_counter()
         objective.loss(student, rollout)[0].backward()
         times.append(time.perf_counter() - start)
-    per_update = sorted(times)[1] * 1.1 + per_rollout / UPDATES_PER_ROLLOUT  # and the optimizer
+    per_update = min(times) * 1.1 + per_rollout / UPDATES_PER_ROLLOUT  # and the optimizer
     return max(min(int(seconds / per_update), most), 1)
 
 
@@ -170,20 +170,23 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     out = []
 
-    def claim(text: str, got: float, limit: float) -> None:
-        out.append({"claim": text, "value": got, "limit": limit, "holds": bool(got <= limit)})
+    def claim(text: str, got: float, limit: float, *, at_most: bool = False) -> None:
+        holds = got <= limit if at_most else got < limit
+        out.append({"claim": text, "value": got, "limit": limit, "holds": bool(holds)})
 
     for nfe, share in ((1, 0.5), (2, 0.65)):
         claim(
             f"distance to the fine solve, student / guided teacher, NFE {nfe}",
             value("student", nfe, "to_teacher") / value("teacher", nfe, "to_teacher"),
             share,
+            at_most=True,
         )
     for nfe in (1, 2):
         claim(
             f"Frechet distance, student NFE {nfe} / teacher NFE {FINE}",
             value("student", nfe, "frechet") / value("teacher", FINE, "frechet"),
             1.5,
+            at_most=True,
         )
         claim(
             f"C2ST, student against the unguided teacher's, NFE {nfe}",
@@ -195,7 +198,7 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             abs(1 - value("student", nfe, "sharpness")),
             abs(1 - value("teacher_unguided", nfe, "sharpness")),
         )
-    for nfe in (1, 2, 3, 4):
+    for nfe in (1, 2, 3, 4, 8):
         key = "seconds_per_audio_second"
         claim(
             f"cost, student against the guided teacher's, NFE {nfe}",

@@ -46,7 +46,7 @@ def flow_matching_loss(model: Token2Mel, batch: Batch, generator: torch.Generato
         spks=features["spks"] * keep[:, None],
     )
     error = (model(z, t, t, cond) - (x1 - z0)).square()
-    inside = torch.arange(x1.shape[1]) < lengths[:, None]
+    inside = batch.valid()
     return (error * inside[:, :, None]).sum() / (inside.sum() * x1.shape[2])
 
 

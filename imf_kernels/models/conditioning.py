@@ -57,9 +57,15 @@ class Conditioning(Mapping[str, Tensor]):
             self.specs,
         )
 
-    def conditional(self) -> Conditioning:
-        """The conditional half of a conditioning prepared for guidance."""
-        return self.take(slice(0, self.rows // 2))
+    def conditional(self, rows: int) -> Conditioning:
+        """The conditional half, B = `rows`, of a conditioning prepared for guidance.
+
+        Raises:
+            ValueError: not prepared for guidance of that many rows.
+        """
+        if self.rows != 2 * rows:
+            raise ValueError(f"rows: expected half of the {self.rows} prepared rows, got {rows}")
+        return self.take(slice(0, rows))
 
     def to(self, device: torch.device | str) -> Conditioning:
         return Conditioning({k: v.to(device) for k, v in self.items()}, self.specs)

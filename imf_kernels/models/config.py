@@ -20,6 +20,10 @@ class TextConfig:
     mask_padding: bool = True
     """v1 zeroes the filler between blocks; v0 lets it be text like any other."""
 
+    def __post_init__(self) -> None:
+        checks.positive_int("vocab", self.vocab)
+        checks.positive_int("dim", self.dim)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
@@ -47,10 +51,16 @@ class DiTConfig:
     """Frames per attention block under the streaming mask."""
     mixer: bool = False
     """Whether `r` enters, through `time_embed_mixer` (a mean-velocity student)."""
+    mixer_diagonal: float = 1.0
+    """D of the mixer's initial `[D 0]`, times the identity."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "head_dim", "ff_mult", "channels", "chunk"):
             checks.positive_int(name, getattr(self, name))
+        if self.dim % 16:
+            raise ValueError(
+                f"dim: expected a multiple of 16 (grouped convolutions), got {self.dim}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim: expected an even number (RoPE), got {self.head_dim}")
         if self.rope_heads is not None and not 0 <= self.rope_heads <= self.heads:

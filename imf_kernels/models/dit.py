@@ -6,7 +6,6 @@ Two phases: `prepare` computes, once per utterance batch, what does not depend o
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from imf_kernels import checks
+from imf_kernels import checks, masks
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
 from imf_kernels.models.config import DiTConfig, TextConfig
 from imf_kernels.models.positions import (
@@ -122,11 +121,10 @@ def attention_mask(lengths: Tensor, chunk: Tensor | None, frames: int) -> Tensor
 
     With `chunk`, int64 `(R,)`, a frame sees its own block of that many frames and all before it.
     """
-    n = torch.arange(frames, device=lengths.device)
-    mask = (n < lengths[:, None])[:, None, None, :]
+    mask = masks.inside(lengths, frames)[:, None, None, :]
     if chunk is None:
         return mask
-    block = n // chunk[:, None]
+    block = torch.arange(frames, device=lengths.device) // chunk[:, None]
     return mask & (block[:, None, None, :] <= block[:, None, :, None])
 
 
@@ -140,7 +138,7 @@ class DiT(nn.Module):
         "lengths": TensorSpec(("rows",), torch.int64, pad=1),
         "key_lengths": TensorSpec(("rows",), torch.int64, pad=1),
         "chunk": TensorSpec(("rows",), torch.int64, pad=1),
-        "conditions": TensorSpec(("rows", "frames", "dim"), None),
+        "conditions": TensorSpec(("rows", "frames", "dim"), None),  # autocast's dtype under it
         "rope": TensorSpec(("frames", "head_dim"), torch.float32),
     }
     """What `prepare` returns; "chunk" is there for streaming only."""
@@ -149,7 +147,9 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.time_embed = TimeEmbedding(config.dim)
-        self.time_embed_mixer = TimeEmbedMixer(config.dim) if config.mixer else None
+        self.time_embed_mixer = (
+            TimeEmbedMixer(config.dim, config.mixer_diagonal) if config.mixer else None
+        )
         self.text_embed = TextTower(config.text) if config.text is not None else None
         self.input_embed = InputEmbedding(config)
         self.rotary_embed = RotaryEmbedding(config.head_dim)
@@ -178,19 +178,21 @@ class DiT(nn.Module):
         heads: int | None = None,
         mixer: bool | None = None,
     ) -> DiT:
-        """A model with the sizes of a client's state dict (no prefix), and its weights.
+        """A float32 model on the CPU with the sizes of a client's state dict, and its weights.
 
         Args:
-            state_dict: Keys as in `clients`' DiT, without `transformer.` or `estimator.`.
+            state_dict: The client's own keys, from `time_embed.time_mlp.0.weight` on; a common
+                prefix (`ema_model.transformer.`, `decoder.estimator.`) is taken off.
             variant: "f5_v0", "f5_v1" or "cosyvoice3"; see `DiTConfig.for_variant`.
             heads: Attention heads; by default inner width / 64, as all public models have.
             mixer: Whether the model takes `r`; by default, whether the state dict has a mixer.
                 Asked for and missing, it is the identity.
 
         Raises:
-            ValueError: unknown variant. KeyError: a key that sizes are read from is missing.
+            ValueError: unknown variant, or a key that sizes are read from is missing.
             RuntimeError: keys or shapes that do not fit (a strict load).
         """
+        state_dict = _without_prefix(state_dict)
         shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         dim = shapes["time_embed.time_mlp.2.weight"][0]
         inner = shapes["transformer_blocks.0.attn.to_q.weight"][0]
@@ -217,14 +219,15 @@ class DiT(nn.Module):
         model.load_state_dict(state_dict)
         return model
 
-    def student(self) -> DiT:
-        """A copy that also takes `r`, through an identity mixer: equal to this model for every r.
+    def student(self, diagonal: float = 1.0) -> DiT:
+        """A copy that also takes `r`, through a mixer `[D 0]`, D = `diagonal` times the identity.
 
-        It is trainable and in training mode, whatever this model is.
+        With the identity it equals this model for every r. It is trainable and in training mode,
+        whatever this model is.
         """
-        student = DiT(replace(self.config, mixer=True))
+        student = DiT(replace(self.config, mixer=True, mixer_diagonal=diagonal))
         student.to(device=self.proj_out.weight.device, dtype=self.dtype)
-        student.load_state_dict(copy.deepcopy(self.state_dict()))
+        student.load_state_dict(self.state_dict())
         return student
 
     @property
@@ -261,6 +264,7 @@ class DiT(nn.Module):
             ValueError, TypeError: naming the argument, the expected and the given value.
         """
         checks.shape("prompt", prompt, "B", "N", self.config.channels)
+        checks.floating("prompt", prompt)
         rows, frames, channels = prompt.shape
         device = prompt.device
         if lengths is None:
@@ -268,13 +272,16 @@ class DiT(nn.Module):
         checks.lengths("lengths", lengths, rows, frames)
         lengths = lengths.to(device=device, dtype=torch.int64)
 
-        inside = torch.arange(frames, device=device) < lengths[:, None]
+        inside = masks.inside(lengths, frames)
         outside = ~inside[:, :, None]
         prompt = prompt.masked_fill(outside, 0.0)
         if self.text_embed is not None:
             text = _needed("text", text, {"mu": mu, "spks": spks})
             checks.shape("text", text, rows, "L")
             checks.dtype("text", text, torch.int64, torch.int32)
+            vocab = self.text_embed.config.vocab
+            if checks.readable(text) and text.numel() and not -1 <= int(text.max()) < vocab:
+                raise ValueError(f"text: expected ids in [-1, {vocab - 1}], got {int(text.max())}")
             text_inside = torch.ones_like(inside) if upstream_padding else inside
             branches = [
                 self._conditions(prompt, self.text_embed(text, frames, text_inside, drop=False))
@@ -330,7 +337,7 @@ class DiT(nn.Module):
         checks.shape("r", r, rows)
         frames, branches = x.shape[1], cond.rows // max(rows, 1)
 
-        inside = torch.arange(frames, device=x.device) < cond["lengths"][:, None]
+        inside = masks.inside(cond["lengths"], frames)
         mask = attention_mask(cond["key_lengths"], cond.get("chunk"), frames)
         e = self.embed_time(t, r).repeat(branches, 1)
         # filled, not multiplied: what lies beyond a row's length may be anything, NaN included
@@ -344,7 +351,8 @@ class DiT(nn.Module):
         if self.long_skip_connection is not None:
             h = self.long_skip_connection(torch.cat([h, skip], dim=-1))
         scale, shift = self.norm_out(e)
-        return self.proj_out(modulated_layer_norm(h, shift, scale)) * inside[:, :, None]
+        v = self.proj_out(modulated_layer_norm(h, shift, scale))
+        return v.masked_fill(~inside[:, :, None], 0.0)
 
     def embed_time(self, t: Tensor, r: Tensor) -> Tensor:
         """What every adaLN reads: SiLU of the (mixed) time embedding, `(B, dim)`, model dtype."""
@@ -352,6 +360,20 @@ class DiT(nn.Module):
         if self.time_embed_mixer is not None:
             e = self.time_embed_mixer(e, self.time_embed(r))
         return F.silu(e).to(self.dtype)
+
+
+_ROOT = "time_embed.time_mlp.2.weight"
+_SIZED = (_ROOT, "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.ff.ff.2.weight")
+
+
+def _without_prefix(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The DiT's own entries, without what stands before `time_embed.`; complete enough to size."""
+    prefix = next((k.removesuffix(_ROOT) for k in state_dict if k.endswith(_ROOT)), "")
+    own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    for key in (*_SIZED, "proj_out.weight"):
+        if key not in own:
+            raise ValueError(f"state_dict: expected the key {key!r}, got {list(state_dict)[:3]}...")
+    return own
 
 
 def _count(names: Mapping[str, object], prefix: str) -> int:

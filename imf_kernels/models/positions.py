@@ -49,23 +49,32 @@ class CausalConvPositionEmbedding(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary angles, never in less than float32; `inv_freq` keeps its place in the clients' state dicts.
+    """Rotary angles, never in less than float32.
 
-    Cast to half precision, the angles would be off by .3 rad within 700 frames.
+    `inv_freq` keeps its place in the clients' state dicts, but is always computed anew: in half
+    precision, cast or loaded, the angles would be off by .3 rad within 700 frames.
     """
 
     inv_freq: Tensor
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        k = torch.arange(0, head_dim, 2, dtype=torch.float32)
-        self.register_buffer("inv_freq", 1.0 / (1e4 ** (k / head_dim)))
+        self.head_dim = head_dim
+        self.register_buffer("inv_freq", None)
+        self._restore(None)
+
+    def _restore(self, device: torch.device | None) -> None:
+        k = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
+        self.inv_freq = 1.0 / (1e4 ** (k / self.head_dim))
 
     def _apply(self, fn: Any, recurse: bool = True) -> RotaryEmbedding:
-        exact = self.inv_freq
         super()._apply(fn, recurse)
-        self.inv_freq = exact.to(self.inv_freq.device)
+        self._restore(self.inv_freq.device)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._restore(self.inv_freq.device)
 
     def forward(self, frames: int) -> Tensor:
         """`(frames, head_dim)` float32: cosines of the angles, then sines."""
@@ -80,7 +89,8 @@ def rotate(x: Tensor, rope: Tensor, heads: int) -> Tensor:
     `(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin)`, computed in float32.
     """
     cos, sin = rope.chunk(2, dim=-1)
-    even, odd = x[:, :heads].float().unflatten(-1, (-1, 2)).unbind(-1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    even, odd = x[:, :heads].to(wide).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
     turned = turned.flatten(-2).to(x.dtype)
     return turned if heads == x.shape[1] else torch.cat([turned, x[:, heads:]], dim=1)

@@ -41,19 +41,23 @@ class TimeEmbedding(nn.Module):
 
 
 class TimeEmbedMixer(nn.Linear):
-    """`e' = W [e_t, e_r]`, no bias, `W = [I 0]` at initialisation (arXiv 2510.07979, Eq. 9-10).
+    """`e' = W [e_t, e_r]`, no bias, `W = [D 0]` at initialisation (arXiv 2510.07979, Eq. 9-10).
 
-    With the identity the student equals the teacher for every r, bit for bit in float32. The
-    product stays in float32 under autocast, where bf16 would be off by 4e-3. A state dict without
-    a mixer (a teacher's) loads as the identity.
+    D is `diagonal` times the identity. With the default, the identity itself, the student equals
+    the teacher for every r, bit for bit in float32. The product stays in float32 under autocast,
+    where bf16 would be off by 4e-3. A state dict without a mixer (a teacher's) loads as `[D 0]`.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, diagonal: float = 1.0) -> None:
+        self.diagonal = diagonal
         super().__init__(2 * dim, dim, bias=False)
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            self.weight.copy_(torch.eye(self.out_features, self.in_features))
+            self.weight.copy_(self._initial())
+
+    def _initial(self) -> Tensor:
+        return self.diagonal * torch.eye(self.out_features, self.in_features)
 
     def forward(self, e_t: Tensor, e_r: Tensor) -> Tensor:  # type: ignore[override]
         with torch.autocast(e_t.device.type, enabled=False):
@@ -61,6 +65,5 @@ class TimeEmbedMixer(nn.Linear):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         if f"{prefix}weight" not in state_dict:
-            identity = torch.eye(self.out_features, self.in_features)
-            state_dict[f"{prefix}weight"] = identity.to(self.weight.dtype)
+            state_dict[f"{prefix}weight"] = self._initial().to(self.weight)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

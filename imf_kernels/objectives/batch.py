@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf_kernels import checks
+from imf_kernels import checks, masks
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,12 @@ class Batch:
         checks.dtype("x1", self.x1, torch.float32, torch.float64)
         rows, frames, _ = self.x1.shape
         checks.lengths("lengths", self.lengths, rows, frames)
+        checks.same_device("lengths", self.lengths, self.x1.device)
+        checks.same_device("loss_mask", self.loss_mask, self.x1.device)
         if self.loss_mask is not None:
             checks.shape("loss_mask", self.loss_mask, rows, frames)
             checks.dtype("loss_mask", self.loss_mask, torch.bool)
 
     def valid(self) -> Tensor:
         """Frames within the rows' lengths, bool `(B, N)`."""
-        return torch.arange(self.x1.shape[1], device=self.x1.device) < self.lengths[:, None]
+        return masks.inside(self.lengths, self.x1.shape[1])

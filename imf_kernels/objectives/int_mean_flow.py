@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import checks
+from imf_kernels.objectives import draws
 from imf_kernels.objectives.batch import Batch
 from imf_kernels.objectives.intervals import Intervals
 from imf_kernels.objectives.rollouts import (
@@ -39,7 +40,7 @@ class IntMeanFlow:
         nfe: Sub-steps n of a rollout (the paper: 16; 2 loses little).
         spacing: Sub-step positions: "uniform", "sway", "cosine", or "jitter" (uniform, each
             interior time moved by up to half a sub-step, so that the student sees all times).
-        intervals: How `[t, r]` is drawn.
+        intervals: How `[t, r]` is drawn with source "data".
         source: "data": z_t lies on the line from noise to data, and the rollout covers `[t, r]`.
             "noise": the rollout covers `[0, 1]` from noise, and its pairs of times are the
             intervals: the student sees the states that sampling will visit.
@@ -69,14 +70,18 @@ class IntMeanFlow:
     ) -> None:
         checks.positive_int("nfe", nfe)
         checks.positive_int("targets", targets)
+        if targets > nfe * (nfe + 1) // 2:
+            raise ValueError(
+                f"targets: expected at most n (n + 1) / 2 = {nfe * (nfe + 1) // 2}, got {targets}"
+            )
         checks.choice("spacing", spacing, ("uniform", "sway", "cosine", "jitter"))
         checks.choice("source", source, ("data", "noise"))
         checks.choice("region", region, ("span", "all"))
         self.intervals = intervals if intervals is not None else Intervals()
-        if source == "noise" and self.intervals.boundary > 0:
+        if source == "noise" and self.intervals != Intervals(full=self.intervals.full):
             raise ValueError(
-                f"intervals: expected boundary = 0 with source 'noise', "
-                f"got {self.intervals.boundary}"
+                "intervals: expected nothing but `full` with source 'noise', whose intervals are "
+                f"the rollout's own, got {self.intervals}"
             )
         self.teacher, self.nfe, self.spacing = teacher, nfe, spacing
         self.source, self.targets, self.region = source, targets, region
@@ -96,42 +101,50 @@ class IntMeanFlow:
         x1 = batch.x1
         rows, device = x1.shape[0], x1.device
         cond = self.teacher.prepare(lengths=batch.lengths, **batch.conditions)
-        z = self._randn(x1)
+        z = draws.normal_like(x1, self.generator)
         if self.source == "data":
             t, r = (time.to(x1.dtype) for time in self.intervals.draw(rows, self.generator, device))
             z = torch.lerp(z, x1, t[:, None, None])
         else:
             t, r = x1.new_zeros(rows), x1.new_ones(rows)
         spacing = self._jittered(rows, device) if self.spacing == "jitter" else self.spacing
-        run = self.teacher.integrate(z, t, r, self.nfe, cond, spacing=spacing, keep=True)
-        assert run.states is not None
-        assert run.displacements is not None
+        keep = self.source == "noise" or self.targets > 1
+        run = self.teacher.integrate(z, t, r, self.nfe, cond, spacing=spacing, keep=keep)
         velocity = self.teacher.velocity(z, t, cond) if self.intervals.boundary > 0 else None
-        return TeacherRollout(batch, run.times, run.states, run.displacements, velocity)
+        if run.states is None or run.displacements is None:  # the ends are all that is needed
+            states = torch.stack([z, run.z])
+            displacements = torch.stack([torch.zeros_like(z), run.displacement])
+            times, elapsed = torch.stack([t, r]), torch.stack([torch.zeros_like(t), r - t])
+            return TeacherRollout(batch, times, elapsed, states, displacements, velocity)
+        return TeacherRollout(
+            batch, run.times, run.elapsed, run.states, run.displacements, velocity
+        )
 
     def loss(self, student: Any, rollout: TeacherRollout) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's part: one evaluation with gradient per target."""
         batch = rollout.batch
-        cond = student.prepare(lengths=batch.lengths, **batch.conditions)
+        inner = getattr(student, "module", student)  # within DistributedDataParallel, say
+        cond = inner.prepare(lengths=batch.lengths, **batch.conditions)
         mask = batch.valid()
         if self.region == "span" and batch.loss_mask is not None:
             mask = mask & batch.loss_mask
         losses, row_errors, lengths = [], [], []
         for target in self._targets(rollout):
-            z = target.z.to(model_dtype(student, target.z.dtype))
+            z = target.z.to(model_dtype(inner, target.z.dtype))
             u = student(z, target.t, target.r, cond)
             loss, rows = mean_velocity_loss(
                 u,
                 target.displacement,
                 target.t,
                 target.r,
+                interval=target.interval,
                 velocity=target.velocity,
                 mask=mask,
                 weights=None if self.weighting is None else self.weighting(target.t, target.r),
             )
             losses.append(loss)
             row_errors.append(rows)
-            lengths.append(target.r - target.t)
+            lengths.append(target.interval)
         loss = torch.stack(losses).mean()
         info = {
             "loss": loss.detach(),
@@ -148,15 +161,9 @@ class IntMeanFlow:
             for _ in range(self.targets - len(whole))
         ]
 
-    def _randn(self, like: Tensor) -> Tensor:
-        device = self.generator.device if self.generator is not None else like.device
-        noise = torch.randn(like.shape, generator=self.generator, device=device, dtype=like.dtype)
-        return noise.to(like.device)
-
     def _jittered(self, rows: int, device: torch.device) -> Tensor:
         """Fractions `(n + 1, rows)`: interior times anywhere in their half sub-steps."""
-        source = self.generator.device if self.generator is not None else device
-        shift = torch.rand(self.nfe + 1, rows, generator=self.generator, device=source) - 0.5
+        shift = draws.uniform((self.nfe + 1, rows), self.generator, device) - 0.5
         shift[0] = shift[-1] = 0.0
-        steps = torch.arange(self.nfe + 1, device=source)[:, None]
-        return ((steps + 0.98 * shift) / self.nfe).to(device)
+        steps = torch.arange(self.nfe + 1, device=device)[:, None]
+        return (steps + 0.98 * shift) / self.nfe

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imf_kernels.objectives import draws
+
 
 @dataclass(frozen=True, kw_only=True)
 class Intervals:
@@ -19,7 +21,7 @@ class Intervals:
         a, b: Shape of the length's distribution, `P(length <= d) = 1 - (1 - d^a)^b`.
         min_length: Lengths are at least this (their targets divide by it).
         full: Share of rows that take `[0, 1]`.
-        boundary: Share of rows with r = t, whose target is the guided velocity itself.
+        boundary: Share of rows with r = t, t uniform, whose target is the guided velocity itself.
     """
 
     a: float = 1.0
@@ -49,13 +51,13 @@ class Intervals:
         device: torch.device | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`t, r`, float32 `(rows,)`, 0 <= t <= r <= 1, on `device` (default: the generator's)."""
-        source = generator.device if generator is not None else device
-        u, start, kind = torch.rand(3, rows, generator=generator, device=source)
+        u, start, kind = draws.uniform((3, rows), generator, device)
         length = (1 - (1 - u) ** (1 / self.b)) ** (1 / self.a)
         length = length.clamp(self.min_length, 1.0)
         t = start * (1 - length)
         r = (t + length).clamp(max=1.0)
         full = kind < self.full
         t, r = t.masked_fill(full, 0.0), r.masked_fill(full, 1.0)
-        r = torch.where(kind >= 1 - self.boundary, t, r)
-        return t.to(device), r.to(device)
+        boundary = kind >= 1 - self.boundary
+        t, r = torch.where(boundary, start, t), torch.where(boundary, start, r)
+        return t, r

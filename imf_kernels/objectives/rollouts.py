@@ -8,18 +8,20 @@ import torch
 from torch import Tensor
 
 from imf_kernels import checks
+from imf_kernels.objectives import draws
 from imf_kernels.objectives.batch import Batch
 
 
 class Target(NamedTuple):
     """A student's input and what it is to be: `z` at `t`, displacement over `[t, r]`.
 
-    `velocity` is the target of rows with r = t, if there are any.
+    `interval` is r - t with all its digits; `velocity` the target of rows with r = t, if any.
     """
 
     z: Tensor
     t: Tensor
     r: Tensor
+    interval: Tensor
     displacement: Tensor
     velocity: Tensor | None = None
 
@@ -27,12 +29,14 @@ class Target(NamedTuple):
 class TeacherRollout(NamedTuple):
     """A batch with the teacher's states along it.
 
-    `times` `(n + 1, B)`; `states`, `displacements` `(n + 1, B, N, C)`, displacements accumulated
-    from the first time; `velocity` the guided velocity at the first time, or None.
+    `times` and `elapsed` (the time since the first) `(n + 1, B)`; `states`, `displacements`
+    `(n + 1, B, N, C)`, displacements accumulated from the first time; `velocity` the guided
+    velocity at the first time, or None.
     """
 
     batch: Batch
     times: Tensor
+    elapsed: Tensor
     states: Tensor
     displacements: Tensor
     velocity: Tensor | None
@@ -40,7 +44,12 @@ class TeacherRollout(NamedTuple):
     def whole(self) -> Target:
         """The target over the whole rollout."""
         return Target(
-            self.states[0], self.times[0], self.times[-1], self.displacements[-1], self.velocity
+            self.states[0],
+            self.times[0],
+            self.times[-1],
+            self.elapsed[-1],
+            self.displacements[-1],
+            self.velocity,
         )
 
     def pair(self, i: Tensor, j: Tensor) -> Target:
@@ -54,6 +63,7 @@ class TeacherRollout(NamedTuple):
             self.states[i, rows],
             self.times[i, rows],
             self.times[j, rows],
+            self.elapsed[j, rows] - self.elapsed[i, rows],
             displacement,
             self.velocity,
         )
@@ -63,13 +73,11 @@ def draw_pairs(
     nfe: int, rows: int, full: float, generator: torch.Generator | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Uniform pairs i < j of n + 1 times, `(rows,)` each; a share `full` takes (0, n)."""
-    source = generator.device if generator is not None else device
-    pairs = torch.triu_indices(nfe + 1, nfe + 1, offset=1, device=source)
-    pick = torch.randint(pairs.shape[1], (rows,), generator=generator, device=source)
-    whole = torch.rand(rows, generator=generator, device=source) < full
-    i = pairs[0, pick].masked_fill(whole, 0)
-    j = pairs[1, pick].masked_fill(whole, nfe)
-    return i.to(device), j.to(device)
+    pairs = torch.triu_indices(nfe + 1, nfe + 1, offset=1, device=device)
+    pick, kind = draws.uniform((2, rows), generator, device)
+    pick = (pick * pairs.shape[1]).long()
+    whole = kind < full
+    return pairs[0, pick].masked_fill(whole, 0), pairs[1, pick].masked_fill(whole, nfe)
 
 
 class RolloutCache:
@@ -85,6 +93,8 @@ class RolloutCache:
         checks.positive_int("capacity", capacity)
         if not 0 <= refresh <= 1:
             raise ValueError(f"refresh: expected a share in [0, 1], got {refresh}")
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError(f"generator: expected one on the CPU, got one on {generator.device}")
         self.capacity, self.refresh, self.generator = capacity, refresh, generator
         self._rollouts: list[TeacherRollout] = []
         self._oldest = 0

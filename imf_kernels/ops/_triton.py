@@ -6,6 +6,7 @@ their real specialisation, and compile them for a card that is not there (`tests
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,9 @@ def cdiv(a: int, b: int) -> int:
 
 
 def _run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    kernel[grid](*args, **options)
+    device = args[0].device  # Triton launches on the current device, wherever the tensors are
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **options)
 
 
 def accumulator(x: torch.Tensor) -> Any:

@@ -176,6 +176,7 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
     checks.floating("x", x)
     checks.shape("h", h, *x.shape)
     checks.floating("h", h)
+    checks.same_device("h", h, x.device)
     check_modulation("gate", gate, x)
     if not dispatch.use_kernel(x, h, gate):
         return reference(x, h, gate)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from imf_kernels import checks, dispatch
+from imf_kernels import checks, dispatch, masks
 from imf_kernels.ops._triton import accumulator, cdiv, jit, launch, tl
 
 BLOCK = 1024
@@ -60,8 +60,7 @@ def reference(
 
 
 def _zero_beyond(lengths: Tensor, step: Tensor) -> Tensor:
-    outside = torch.arange(step.shape[1], device=step.device) >= lengths[:, None]
-    return step.masked_fill(outside[:, :, None], 0.0)
+    return step.masked_fill(~masks.inside(lengths, step.shape[1])[:, :, None], 0.0)
 
 
 @jit(do_not_specialize=["frames", "scale"])
@@ -191,8 +190,8 @@ def _op(
     if dispatch.runs_triton(x):
         return _launch(*args)
     if dispatch.HAS_EXTENSION and x.dtype == torch.float32:
-        wide = None if lengths is None else lengths.long()
-        return torch.ops.imf_kernels.guided_euler_step_cpu(*args[:5], wide, *args[6:])
+        lengths = None if lengths is None else lengths.long()
+        return torch.ops.imf_kernels.guided_euler_step_cpu(*args[:5], lengths, *args[6:])
     guided = velocity.shape[1] != x.shape[0]
     step = reference(
         x,
@@ -272,12 +271,17 @@ def guided_euler_step(
     Raises:
         ValueError, TypeError: naming the argument, the expected and the given value.
     """
-    if velocity.ndim == 3:
-        velocity, dt = velocity[None], dt[None] if dt.ndim == 1 else dt
+    for name, value in (("x", x), ("velocity", velocity), ("dt", dt)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if velocity.ndim == 3 and dt.ndim == 1:
+        velocity, dt = velocity[None], dt[None]
     model_dtype = model_dtype or x.dtype
     _check(x, velocity, dt, guidance, lengths, displacement, model_dtype)
+    if not isinstance(guidance, Tensor | None) and x.dtype == torch.float64:
+        guidance = x.new_full((x.shape[0],), guidance)  # a kernel takes numbers in float32
     given = guidance if isinstance(guidance, Tensor) else None
-    if not dispatch.use_kernel(x, velocity, displacement, cpp=True):
+    if not dispatch.use_kernel(x, velocity, dt, given, displacement, cpp=True):
         return reference(
             x,
             velocity,
@@ -326,15 +330,15 @@ def _check(
     checks.shape("dt", dt, velocity.shape[0], rows)
     checks.dtype("dt", dt, x.dtype)
     checks.same_device("dt", dt, x.device)
-    if isinstance(guidance, Tensor):
-        checks.shape("guidance", guidance, rows)
-        checks.dtype("guidance", guidance, x.dtype)
+    checks.guidance(guidance, x)
     for name, value in (("dt", dt), ("guidance", guidance)):
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(f"{name}: expected a tensor without gradient, got requires_grad=True")
     if lengths is not None:
         checks.lengths("lengths", lengths, rows, frames)
+        checks.same_device("lengths", lengths, x.device)
     if displacement is not None:
         checks.shape("displacement", displacement, rows, frames, channels)
         checks.dtype("displacement", displacement, x.dtype)
+        checks.same_device("displacement", displacement, x.device)
     checks.choice("model_dtype", model_dtype, checks.FLOATING)

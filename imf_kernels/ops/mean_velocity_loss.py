@@ -286,6 +286,7 @@ def mean_velocity_loss(
     velocity: Tensor | None = None,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
+    interval: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of a student `u(z_t, t, r)` against the teacher's mean velocity over `[t, r]`.
 
@@ -298,12 +299,15 @@ def mean_velocity_loss(
         mask: Frames that count, bool `(B, N)`; None counts all.
         weights: Per-row weights, float32 `(B,)`; None weighs all rows 1. They do not enter the
             denominator.
+        interval: r - t, `(B,)`, where it is known with more digits than the difference of two
+            rounded times; 0 where r = t.
 
     Returns:
         The scalar loss (a mean over all counted frames and channels, float32), and the unweighted
         mean squared error of each row, detached, `(B,)`. A row without counted frames adds 0.
 
-    Gradients pass to `prediction` (and `weights`). Sums run in a fixed order: deterministic.
+    Gradients pass to `prediction` and `weights` alone: the target is a constant. Sums run in a
+    fixed order: deterministic.
 
     Raises:
         ValueError, TypeError: naming the argument, the expected and the given value.
@@ -315,17 +319,24 @@ def mean_velocity_loss(
         if target is not None:
             checks.shape(name, target, rows, frames, channels)
             checks.dtype(name, target, wide_dtype(prediction))
+            checks.same_device(name, target, prediction.device)
     checks.interval(t, r, rows, strict=velocity is None)
     if mask is not None:
         checks.shape("mask", mask, rows, frames)
         checks.dtype("mask", mask, torch.bool)
     if weights is not None:
         checks.shape("weights", weights, rows)
+        checks.dtype("weights", weights, wide_dtype(prediction))
+    if interval is not None:
+        checks.shape("interval", interval, rows)
+    for name, value in (("t", t), ("r", r), ("mask", mask), ("weights", weights)):
+        checks.same_device(name, value, prediction.device)
 
-    kernel = dispatch.use_kernel(prediction, displacement, velocity)
+    kernel = dispatch.use_kernel(prediction, displacement, t, r, interval, velocity)
     run = _op if kernel else reference
-    interval = (r - t).to(wide_dtype(prediction))
-    sums = run(prediction, displacement, interval, velocity, mask)
+    length = (r - t if interval is None else interval).to(wide_dtype(prediction))
+    constant = None if velocity is None else velocity.detach()
+    sums = run(prediction, displacement.detach(), length.detach(), constant, mask)
     counts = (
         torch.full_like(sums, frames * channels) if mask is None else mask.sum(1) * float(channels)
     )

@@ -158,7 +158,7 @@ def test_guided_shares_the_state_and_drops_the_conditions(variant):
         assert both.shape == (4, 30, 12)
         conditional = model(x, t, r, model.prepare(**given))
         assert relative_rms(both[:2], conditional) <= 1e-5
-        again = model(x, t, r, cond.conditional())
+        again = model(x, t, r, cond.conditional(2))
         assert relative_rms(again, conditional) <= 1e-6
         others = conditions(model, [30, 22], seed=7) | {"text": given.get("text")}
         others = {k: v for k, v in others.items() if v is not None}
@@ -224,6 +224,86 @@ def test_a_missing_mixer_loads_as_the_identity_and_a_trained_one_as_itself():
     torch.nn.init.normal_(student.time_embed_mixer.weight)
     again = DiT.from_state_dict(student.state_dict(), "f5_v1", heads=2)
     assert torch.equal(again.time_embed_mixer.weight, student.time_embed_mixer.weight)
+
+
+def test_half_checkpoints_do_not_round_the_angles():
+    model = small_model("f5_v1")
+    exact = model.rotary_embed.inv_freq.clone()
+    half = {name: value.half() for name, value in model.state_dict().items()}
+    loaded = DiT.from_state_dict(half, "f5_v1", heads=2)
+    assert torch.equal(loaded.rotary_embed.inv_freq, exact)
+    loaded.load_state_dict(half, assign=True)
+    assert torch.equal(loaded.rotary_embed.inv_freq, exact)
+    with torch.device("meta"):
+        empty = DiT(model.config)
+    assert torch.equal(empty.to_empty(device="cpu").rotary_embed.inv_freq, exact)
+
+
+@pytest.mark.parametrize("prefix", ["", "ema_model.transformer.", "decoder.estimator."])
+def test_state_dicts_load_under_their_prefix(prefix):
+    model = small_model("f5_v0")
+    state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    loaded = DiT.from_state_dict(
+        state | {"other.weight": torch.ones(1)} if prefix else state, "f5_v0", heads=2
+    )
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def test_the_mixer_may_start_elsewhere():
+    teacher = small_model("cosyvoice3")
+    student = teacher.student(diagonal=0.5)
+    assert torch.equal(student.time_embed_mixer.weight, 0.5 * torch.eye(32, 64))
+
+
+def wrong_loads():
+    state = small_model("f5_v1").state_dict()
+    few = {name: value for name, value in state.items() if "to_q" not in name}
+    yield lambda: DiT.from_state_dict(few, "f5_v1"), "state_dict", "transformer_blocks.0.attn.to_q"
+    yield lambda: DiT.from_state_dict(state, "f5"), "variant", "f5_v0, f5_v1, cosyvoice3"
+    yield lambda: DiT.from_state_dict(state, "cosyvoice3"), "text", "None"
+    yield lambda: DiTConfig(dim=40, depth=1, heads=1), "dim", "multiple of 16"
+    yield lambda: DiTConfig(dim=32, depth=0, heads=1), "depth", ">= 1"
+    yield lambda: TextConfig(vocab=0), "vocab", ">= 1"
+
+
+@pytest.mark.parametrize(("call", "argument", "expected"), list(wrong_loads()))
+def test_what_cannot_be_built_says_why(call, argument, expected):
+    with pytest.raises(ValueError, match="expected") as caught:
+        call()
+    assert argument in str(caught.value)
+    assert expected in str(caught.value)
+
+
+def wrong_prepares():
+    f5, cosyvoice3 = small_model("f5_v1"), small_model("cosyvoice3")
+    texts, mus = conditions(f5, [9, 5]), conditions(cosyvoice3, [9, 5])
+    yield f5, texts | {"text": None}, "text: expected a tensor"
+    yield f5, texts | {"mu": mus["mu"]}, "mu: expected None"
+    yield f5, texts | {"text": torch.full((2, 4), 20)}, r"text: expected ids in \[-1, 19\], got 20"
+    yield f5, texts | {"text": torch.zeros(2, 4)}, "text: expected torch.int64"
+    yield f5, texts | {"prompt": texts["prompt"][..., :3]}, "prompt: expected shape"
+    yield f5, texts | {"prompt": texts["prompt"].long()}, "prompt: expected torch.float32"
+    yield f5, texts | {"lengths": torch.tensor([9, 10])}, r"lengths: expected values in \[1, 9\]"
+    yield f5, texts | {"lengths": torch.tensor([9])}, r"lengths: expected shape \(2,\)"
+    yield cosyvoice3, mus | {"mu": mus["mu"][:, :4]}, "mu: expected shape"
+    yield cosyvoice3, mus | {"spks": mus["mu"]}, "spks: expected shape"
+
+
+@pytest.mark.parametrize(("model", "given", "message"), list(wrong_prepares()))
+def test_wrong_conditions_are_named(model, given, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        model.prepare(**given)
+
+
+def test_a_conditioning_of_other_rows_is_refused():
+    model = small_model("cosyvoice3")
+    cond = model.prepare(**conditions(model, [9, 5]), guided=True)
+    t = torch.zeros(3)
+    with pytest.raises(ValueError, match="x: expected 4 rows"):
+        model(torch.zeros(3, 9, 12), t, t, cond)
+    with pytest.raises(ValueError, match="rows: expected half of the 4"):
+        cond.conditional(1)
 
 
 def test_public_sizes():

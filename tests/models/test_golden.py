@@ -33,7 +33,7 @@ def test_f5_sample(f5, guided):
     model, cond, tensors, metadata = f5
     grid = grids.epss(int(metadata["steps"]), float(metadata["sway"]))
     w = guidance.from_f5(float(metadata["cfg_strength"])) if guided else None
-    cond = cond if guided else cond.conditional()
+    cond = cond if guided else cond.conditional(1)
     mel = sampler.sample(model, tensors["noise"], cond, grid, guidance=w)
     prompt = tensors["cond"]
     mel[:, : prompt.shape[1]] = prompt

@@ -52,6 +52,18 @@ def test_branch_may_be_narrower_than_the_stream(name):
 
 
 @pytest.mark.parametrize("name", ["reference", *kernel_backends()])
+def test_strided_views(name):
+    """Transposed frames, and a gradient that comes in transposed."""
+    args, grad = inputs(2, 12, 10), torch.randn(2, 12, 10, device=DEVICE)
+    expected = with_gradients(gated_residual, args, grad)
+    views = [a.mT.contiguous().mT if a.ndim == 3 else a for a in args]
+    with backend(name):
+        got = with_gradients(gated_residual, views, grad.mT.contiguous().mT)
+    for ours, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["reference", *kernel_backends()])
 def test_gradcheck(name):
     args = [a.double().requires_grad_() for a in inputs(2, 3, 5)]
     with backend(name):

@@ -121,6 +121,54 @@ def test_gradcheck(name, boundary):
 
 
 @pytest.mark.parametrize("name", ["reference", *kernel_backends()])
+def test_the_target_is_a_constant(name):
+    args = inputs(2, 5, 4)
+    leaves = [args[key].requires_grad_() for key in ("prediction", "displacement", "velocity")]
+    with backend(name):
+        mean_velocity_loss(**args)[0].backward()
+    assert [leaf.grad is not None for leaf in leaves] == [True, False, False]
+
+
+@pytest.mark.parametrize("name", ["reference", *kernel_backends()])
+def test_a_given_interval_replaces_the_difference_of_rounded_times(name):
+    args = inputs(2, 5, 4, boundary=False)
+    with backend(name):
+        loss, _ = mean_velocity_loss(**args)
+        args["displacement"] = args["displacement"] * 2
+        doubled, _ = mean_velocity_loss(**args, interval=2 * (args["r"] - args["t"]))
+    torch.testing.assert_close(doubled, loss)
+
+
+@pytest.mark.parametrize("name", ["reference", *kernel_backends()])
+def test_strided_views(name):
+    args = inputs(2, 12, 10)
+    expected, _ = mean_velocity_loss(**args)
+    for key in ("prediction", "displacement", "velocity"):
+        args[key] = args[key].mT.contiguous().mT
+    args["mask"] = args["mask"].t().contiguous().t()
+    leaf = args["prediction"].requires_grad_()
+    with backend(name):
+        loss, _ = mean_velocity_loss(**args)
+        (grad,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(loss, expected)
+    with backend("reference"):
+        (want,) = torch.autograd.grad(mean_velocity_loss(**args)[0], leaf)
+    torch.testing.assert_close(grad, want)
+
+
+@pytest.mark.parametrize("name", kernel_backends())
+@pytest.mark.parametrize("argument", ["t", "r", "displacement"])
+def test_forward_mode_ad_is_refused(name, argument):
+    args = inputs(1, 3, 2, boundary=False)
+
+    def run(value):
+        return mean_velocity_loss(**args | {argument: value})[0]
+
+    with backend(name), pytest.raises(RuntimeError, match="forward-mode AD"):
+        torch.func.jvp(run, (args[argument],), (torch.ones_like(args[argument]),))
+
+
+@pytest.mark.parametrize("name", ["reference", *kernel_backends()])
 def test_empty_batch_and_empty_mask_cost_nothing(name):
     with backend(name):
         loss, rows = mean_velocity_loss(**inputs(0, 4, 3))
