@@ -95,7 +95,7 @@ def _cmake(*args: str | Path) -> None:
         env.setdefault("CMAKE_GENERATOR", "Ninja")
     try:
         subprocess.run([program, *args], check=True, env=env)
-    except subprocess.CalledProcessError as error:
+    except (subprocess.CalledProcessError, OSError) as error:
         raise CannotBuild("the build failed, see the errors above") from error
 
 

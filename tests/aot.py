@@ -55,7 +55,7 @@ class NoDevice:
 
 def forms() -> Iterator[tuple[str, Callable[..., object], tuple[Any, ...]]]:
     """A label, a launcher and its arguments, for every kernel in the forms that models use."""
-    dtypes = (torch.float32, torch.bfloat16)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for channels, dtype in itertools.product((80, 100), dtypes):
         label = f"C={channels} {dtype}"
         rows, frames = 2, FRAMES[channels]

@@ -210,7 +210,7 @@ def render(
 
 def machine(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(device),
