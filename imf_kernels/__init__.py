@@ -1,8 +1,8 @@
 """Few-step flow-matching speech: IntMeanFlow distillation, O3S step search, fixed-NFE sampling.
 
 Time 0 is noise and time 1 is data. State, time, grids and dt are float32; a model computes in its
-weights' dtype. The README has three short examples; every public docstring gives shapes, dtypes,
-errors and the equation it comes from.
+weights' dtype. Values of arguments (times, lengths, ids) are checked on CPU tensors only: reading
+CUDA ones would wait for the device. The README has three short examples.
 """
 
 from imf_kernels import (

@@ -95,5 +95,15 @@ def guidance(w: Tensor | float | None, state: Tensor) -> None:
         shape("guidance", w, state.shape[0])
         dtype("guidance", w, state.dtype)
         same_device("guidance", w, state.device)
-    elif w is not None and not (isinstance(w, int | float) and math.isfinite(w)):
+    elif w is not None and not (isinstance(w, int | float) and _finite(w)):
         raise ValueError(f"guidance: expected a finite number or a tensor (B,), got {w!r}")
+
+
+def _finite(value: float) -> bool:
+    return torch.compiler.is_compiling() or math.isfinite(value)
+
+
+def state(name: str, x: Tensor) -> None:
+    """A state `(B, N, C)`, float32 (or, for checks, float64)."""
+    shape(name, x, "B", "N", "C")
+    dtype(name, x, torch.float32, torch.float64)

@@ -21,16 +21,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from imf_kernels import checks
+
 CHOICES = ("auto", "reference", "cpp", "triton")
 
 
-def _choice(value: str, origin: str) -> str:
-    if value not in CHOICES:
-        raise ValueError(f"{origin}: expected one of {', '.join(CHOICES)}, got {value!r}")
-    return value
-
-
-_from_environment = _choice(os.environ.get("IMF_KERNELS_BACKEND", "auto"), "IMF_KERNELS_BACKEND")
+_from_environment = os.environ.get("IMF_KERNELS_BACKEND", "auto")
+checks.choice("IMF_KERNELS_BACKEND", _from_environment, CHOICES)
 _forced: ContextVar[str] = ContextVar("imf_kernels_backend", default=_from_environment)
 
 
@@ -78,7 +75,8 @@ def backend(name: str) -> Iterator[None]:
     "cpp" applies to the ops that have a C++ kernel; the others keep their default. A function under
     `torch.compile` keeps the choice between kernel and reference that it was traced with.
     """
-    token = _forced.set(_choice(name, "backend"))
+    checks.choice("backend", name, CHOICES)
+    token = _forced.set(name)
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """Time grids: float32 tensors of NFE + 1 ascending times from 0 (noise) to 1 (data).
 
-A schedule is data. Every function returns `(nfe + 1,)` on the CPU; `validate` is the door for
-grids from elsewhere.
+A schedule is data. Named grids are `(nfe + 1,)` on the CPU; `validate` is the door for grids from
+elsewhere, which stay on their device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EPSS_TABLES: dict[int, tuple[int, ...]] = {
 def uniform(nfe: int) -> Tensor:
     """`k / nfe`."""
     checks.positive_int("nfe", nfe)
-    return torch.linspace(0.0, 1.0, nfe + 1)
+    return torch.linspace(0.0, 1.0, nfe + 1, dtype=torch.float32)
 
 
 def warp_sway(grid: Tensor, coefficient: float = -1.0) -> Tensor:

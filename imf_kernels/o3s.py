@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,6 @@ class SearchResult:
     @property
     def value(self) -> float:
         return self.best.value
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in ("evaluations", "stopped")
-        }
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, atomically."""
@@ -190,10 +183,10 @@ def search(
         nfe, higher_is_better, tuple(first.tolist()), tolerance, min_gap, min_gain
     )
     if resume is not None:
-        if resume.settings() != result.settings():
+        given = replace(resume, evaluations=[], stopped="running")
+        if given != result:
             raise ValueError(
-                f"resume: expected a search with settings {result.settings()}, "
-                f"got {resume.settings()}"
+                f"resume: expected a search with the settings of {result}, got {given}"
             )
         result.evaluations = list(resume.evaluations)
     run = _Search(metric, result, budget, save_to, callback)

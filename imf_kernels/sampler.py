@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import checks, grids
-from imf_kernels.solver import Callback, VelocityModel, check_state, euler
+from imf_kernels.solver import Callback, VelocityModel, euler
 
 
 def sample(
@@ -44,9 +44,10 @@ def sample(
         The state at time 1, float32 `(B, N, C)`; frames beyond `cond["lengths"]` stay noise.
 
     Raises:
-        ValueError, TypeError: naming the argument, the expected and the given value.
+        ValueError, TypeError: naming the argument, the expected and the given value; values are
+            read on CPU tensors only.
     """
-    check_state("noise", noise)
+    checks.state("noise", noise)
     times = grids.make(grid, nfe).to(noise.device, non_blocking=noise.is_cuda)
     checks.guidance(guidance, noise)
     steps = times.numel() - 1

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from imf_kernels import checks
 from imf_kernels.ops.guided_euler_step import guided_euler_step
 
 Callback = Callable[[int, Tensor], None]
@@ -111,9 +110,3 @@ def row_lengths(cond: Any, rows: int) -> Tensor | None:
     except (TypeError, KeyError, IndexError):
         return None
     return lengths[:rows]
-
-
-def check_state(name: str, x: Tensor) -> None:
-    """Raises unless `x` is a float32 (or, for checks, float64) state `(B, N, C)`."""
-    checks.shape(name, x, "B", "N", "C")
-    checks.dtype(name, x, torch.float32, torch.float64)

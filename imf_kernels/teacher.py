@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from imf_kernels import checks, grids, guidance
-from imf_kernels.solver import VelocityModel, check_state, euler, model_dtype
+from imf_kernels.solver import VelocityModel, euler, model_dtype
 
 
 class Rollout(NamedTuple):
@@ -57,7 +57,7 @@ class Teacher:
     @torch.no_grad()
     def velocity(self, z: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         """The guided velocity at `(z, t)`: `(B, N, C)` in `z`'s dtype."""
-        check_state("z", z)
+        checks.state("z", z)
         rows, frames, channels = z.shape
         checks.interval(t, t, rows)
         checks.guidance(self.guidance, z)
@@ -92,9 +92,10 @@ class Teacher:
             keep: Keep the states and displacements of all n + 1 times.
 
         Raises:
-            ValueError, TypeError: naming the argument, the expected and the given value.
+            ValueError, TypeError: naming the argument, the expected and the given value; values are
+            read on CPU tensors only.
         """
-        check_state("z", z)
+        checks.state("z", z)
         rows = z.shape[0]
         checks.interval(t, r, rows)
         checks.positive_int("nfe", nfe)

@@ -3,15 +3,24 @@
 import pytest
 import torch
 
-from imf_kernels import Batch, IntMeanFlow, Teacher, backend, grids, sampler
-from tests.models.tools import conditions, relative_rms, small_model
+from imf_kernels import Batch, IntMeanFlow, Teacher, backend, sampler
+from tests.models.tools import VARIANTS, conditions, relative_rms, small_model
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture
-def on_cuda():
-    model = small_model("f5_v1")
+@pytest.fixture(autouse=True)
+def exact_products():
+    """cuDNN takes TF32 for convolutions by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(params=VARIANTS)
+def on_cuda(request):
+    model = small_model(request.param)
     given = {name: value.cuda() for name, value in conditions(model, [96, 60]).items()}
     return model.cuda(), given
 
@@ -31,8 +40,8 @@ def test_a_solve_never_waits_for_the_device(on_cuda, no_sync):
     z = torch.randn(2, 96, 12, device="cuda")
     t, r = torch.zeros(2, device="cuda"), torch.ones(2, device="cuda")
     teacher.integrate(z, t, r, 4, cond, keep=True)
-    grid = grids.sway(3).pin_memory()
-    sampler.sample(model, z, cond, grid.to("cuda", non_blocking=True), guidance=2.0)
+    sampler.sample(model, z, cond, "sway", nfe=3, guidance=2.0)
+    sampler.sample(model, z, cond, [0.0, 0.3, 1.0], guidance=2.0)
 
 
 def test_kernels_solve_as_the_reference_does(on_cuda):
@@ -45,6 +54,16 @@ def test_kernels_solve_as_the_reference_does(on_cuda):
             cond = teacher.prepare(**given)
             mels.append(sampler.sample(model, z, cond, "sway", nfe=4, guidance=2.0))
     assert relative_rms(mels[1], mels[0]) <= 1e-5
+
+
+def test_student_equals_the_conditional_teacher_bit_for_bit(on_cuda):
+    model, given = on_cuda
+    student = model.student().eval()
+    x, t = torch.randn(2, 96, 12, device="cuda"), torch.tensor([0.2, 0.6], device="cuda")
+    with torch.no_grad():
+        expected = model(x, t, t, model.prepare(**given))
+        for r in (t, torch.ones_like(t)):
+            assert torch.equal(student(x, t, r, student.prepare(**given)), expected)
 
 
 def test_a_training_step_matches_the_reference(on_cuda):

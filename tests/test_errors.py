@@ -269,9 +269,9 @@ TABLE = [
     # -- training loop
     (lambda: train(updates=0), "updates", "an integer >= 1", "0"),
     (lambda: train(updates=3), "batches", "3 batches", "2"),
-    (lambda: train(warmup=-5), "warmup", "", "-5"),
-    (lambda: train(clip=0.0), "clip", "", "0.0"),
-    (lambda: train(ema_decay=NAN), "ema_decay", "", "nan"),
+    (lambda: train(warmup=-5), "warmup", "an integer in [0, 2]", "-5"),
+    (lambda: train(clip=0.0), "clip", "a number > 0", "0.0"),
+    (lambda: train(ema_decay=NAN), "ema_decay", "a number in [0, 1)", "nan"),
     # -- choices
     (
         lambda: imf_kernels.backend("cuda").__enter__(),

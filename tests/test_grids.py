@@ -101,3 +101,15 @@ def test_validate_takes_ascending_grids_and_no_others(inner):
     else:
         with pytest.raises(ValueError, match="grid: expected strictly ascending times"):
             grids.validate(grid)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_grids_are_float32_whatever_the_default_dtype(default):
+    before = {name: make(4) for name, make in grids.NAMED.items()}
+    torch.set_default_dtype(default)
+    try:
+        for name, make in grids.NAMED.items():
+            assert make(4).dtype == torch.float32
+            torch.testing.assert_close(make(4), before[name])
+    finally:
+        torch.set_default_dtype(torch.float32)

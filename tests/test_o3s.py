@@ -401,12 +401,13 @@ def test_saved_after_every_evaluation_and_resumed_after_a_crash(tmp_path):
         {"start": "sway"},
         {"tolerance": 0.01},
         {"min_gap": 2e-3},
+        {"min_gain": 0.1},
     ],
 )
 def test_resume_with_other_settings_is_refused(other):
     settings = {"nfe": 3, "higher_is_better": True}
     part = o3s.search(lambda grid: 1.0, budget=2, **settings)
-    with pytest.raises(ValueError, match="resume: expected a search with settings"):
+    with pytest.raises(ValueError, match="resume: expected a search with the settings of"):
         o3s.search(lambda grid: 1.0, resume=part, **(settings | other))
 
 
@@ -480,3 +481,20 @@ def test_a_flow_without_curvature_has_nothing_to_gain():
     metric = o3s.on_samples(flow, noise, None, lambda x: round(float(x), 5))
     result = o3s.search(metric, 3, higher_is_better=True)
     assert torch.equal(result.grid, grids.uniform(3))
+
+
+def test_tiny_gains_do_not_keep_the_sweeps_going():
+    """Positions that pull at each other: the search creeps, unless gains must be worth it."""
+
+    def coupled(inner):
+        return (inner[0] - 0.5 * inner[1]) ** 2 + (inner[1] - 0.9 * inner[0] - 0.1) ** 2
+
+    runs = {
+        gain: o3s.search(
+            Counted(coupled), 3, higher_is_better=False, tolerance=0.01, min_gain=gain, budget=2000
+        )
+        for gain in (0.0, 1e-4)
+    }
+    assert len(runs[1e-4].evaluations) < len(runs[0.0].evaluations)
+    assert runs[1e-4].value <= runs[0.0].value + 1e-3
+    assert runs[1e-4].stopped == "converged"

@@ -549,8 +549,8 @@ def test_one_target_keeps_only_the_ends():
     few = IntMeanFlow(Teacher(FLOWS["gaussian"]), **options).rollout(batch())
     options["generator"] = seeded()
     all_ = IntMeanFlow(Teacher(FLOWS["gaussian"]), targets=2, **options).rollout(batch())
-    assert len(few.states) == len(few.times) == 2
-    assert len(all_.states) == 5
+    assert len(few.states) == len(few.displacements) == 1
+    assert len(all_.states) == len(all_.displacements) == 5
     for ours, theirs in zip(few.whole()[:-1], all_.whole()[:-1], strict=True):
         torch.testing.assert_close(ours, theirs)
 

@@ -1,8 +1,8 @@
 """Waveform to normalised log-mel and, approximately, back.
 
-Mels are ``(N, MELS)`` float32, natural logarithm of the Slaney mel magnitude, floored, then
+Mels are `(N, MELS)` float32, natural logarithm of the Slaney mel magnitude, floored, then
 shifted and scaled by fixed constants to about zero mean and unit variance. Frame `n` is centred
-on sample ``n * HOP``.
+on sample `n * HOP`.
 """
 
 import functools
@@ -40,7 +40,7 @@ def _inverse_filterbank() -> np.ndarray:
 
 
 def log_mel(audio: np.ndarray) -> Tensor:
-    """Analyse ``(samples,)`` float32 audio at `SAMPLE_RATE` into ``(1 + samples // HOP, MELS)``."""
+    """Analyse `(samples,)` float32 audio at `SAMPLE_RATE` into `(1 + samples // HOP, MELS)`."""
     magnitude = np.abs(librosa.stft(audio, n_fft=N_FFT, hop_length=HOP, center=True))
     log = np.log(np.maximum(_filterbank() @ magnitude, np.exp(LOG_FLOOR))).T
     return torch.from_numpy(np.ascontiguousarray((log - LOG_MEAN) / LOG_SCALE, dtype=np.float32))
@@ -55,12 +55,12 @@ def griffin_lim(mel: Tensor, iterations: int = 32, seed: int = 0) -> np.ndarray:
     """Estimate the waveform of a normalised log-mel.
 
     Args:
-        mel: ``(N, MELS)`` float, normalised.
+        mel: `(N, MELS)` float, normalised.
         iterations: Griffin-Lim rounds.
         seed: Of the initial phase.
 
     Returns:
-        ``((N - 1) * HOP,)`` float32; a phase-less estimate, audibly metallic.
+        `((N - 1) * HOP,)` float32; a phase-less estimate, audibly metallic.
     """
     # No speech reaches e^8; a diverged model must not turn into infinities here.
     amplitude = natural_log_mel(mel.detach().float().cpu()).clamp(max=8.0).exp().numpy().T
@@ -70,7 +70,7 @@ def griffin_lim(mel: Tensor, iterations: int = 32, seed: int = 0) -> np.ndarray:
 
 
 def write_wav(path: Path, audio: np.ndarray) -> None:
-    """Write ``(samples,)`` audio as 16-bit WAV, atomically, scaled down if its peak exceeds 1."""
+    """Write `(samples,)` audio as 16-bit WAV, atomically, scaled down if its peak exceeds 1."""
     peak = float(np.abs(audio).max(initial=0.0))
     with replacing(Path(path)) as temporary:
         soundfile.write(

@@ -20,7 +20,7 @@ from examples.quickstart.sentences import draw_sentences
 
 SILENCE = "_"  # symbol 0: pauses, and any phoneme that a given table lacks
 SPEAKERS = ("en-us", *(f"en-us+m{i}" for i in range(1, 7)), *(f"en-us+f{i}" for i in range(1, 6)))
-SENTENCES = {"train": 352, "dev": 24, "test": 24}
+SENTENCES = {"train": 352, "dev": 8, "test": 24}
 RENDERINGS = 2  # of every sentence, by different speakers
 PITCH = (35, 65)  # espeak units, 50 is the voice's own
 RATE = (145, 185)  # words per minute
@@ -33,16 +33,14 @@ class Utterance:
     Attributes:
         text: What was said.
         speaker: Index into `Corpus.speakers`.
-        phonemes: ``(N,)`` int64, index into `Corpus.symbols` of the phoneme at each frame's centre.
-        mel: ``(N, 80)`` float32, normalised log-mel at 50 frames per second.
-        audio: ``(samples,)`` float32 at 22.05 kHz, ``N = 1 + samples // HOP``.
+        phonemes: `(N,)` int64, index into `Corpus.symbols` of the phoneme at each frame's centre.
+        mel: `(N, 80)` float32, normalised log-mel at 50 frames per second.
     """
 
     text: str
     speaker: int
     phonemes: Tensor
     mel: Tensor
-    audio: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -114,4 +112,4 @@ def _utterance(text: str, speaker: int, speech: Speech, ids: dict[str, int]) -> 
     spans = np.array([0] + [ids.get(_symbol(name), 0) for _, name in speech.phonemes])
     centres = np.arange(len(mel)) * HOP
     phonemes = spans[np.searchsorted(starts, centres, side="right")]  # before the first: silence
-    return Utterance(text, speaker, torch.from_numpy(phonemes).long(), mel, speech.audio)
+    return Utterance(text, speaker, torch.from_numpy(phonemes).long(), mel)

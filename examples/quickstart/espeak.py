@@ -1,6 +1,6 @@
 """espeak-ng through ctypes: text to audio and the sample at which every phoneme begins.
 
-The shared library and its voices come inside the ``espeakng-loader`` wheel; no system package is
+The shared library and its voices come inside the `espeakng-loader` wheel; no system package is
 needed. espeak-ng keeps its state in globals: it is initialised once per process, and one lock
 serialises all calls. Its output is not bit-reproducible: two renderings of one text differ by
 some hundred samples in length and audibly little in spectrum, so never hash or compare audio.
@@ -55,8 +55,8 @@ class Speech:
     """One rendered text.
 
     Attributes:
-        audio: ``(samples,)`` float32 in [-1, 1] at `sample_rate`.
-        phonemes: ``(start sample, espeak mnemonic)`` in time order; "" marks a pause.
+        audio: `(samples,)` float32 in [-1, 1] at `sample_rate`.
+        phonemes: `(start sample, espeak mnemonic)` in time order; "" marks a pause.
         sample_rate: Hz, the voice's own (22050 for every formant voice).
     """
 

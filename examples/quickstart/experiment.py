@@ -25,7 +25,7 @@ FINE = 32
 
 BATCH_SIZE = 16
 TEACHER_NFE = 16
-UPDATES = 700
+UPDATES = 480
 UPDATES_PER_ROLLOUT = 16
 LEARNING_RATE = 1e-3
 FULL_SHARE = 0.2
@@ -43,18 +43,26 @@ def plan_updates(
     """
     generator = torch.Generator().manual_seed(0)
     objective = _objective(teacher, 1, generator)
-    batch = next(training_batches(utterances, BATCH_SIZE, generator, _device(teacher)))
+    by_length = sorted(utterances, key=lambda u: len(u.mel))
+    middle = max((len(by_length) - BATCH_SIZE) // 2, 0)
+    typical = by_length[middle : middle + BATCH_SIZE]
+    batch = next(training_batches(typical, BATCH_SIZE, generator, _device(teacher)))
     student = teacher.student()
-    start = time.perf_counter()
     rollout = objective.rollout(batch)
-    per_rollout = time.perf_counter() - start
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        objective.loss(student, rollout)[0].backward()
-        times.append(time.perf_counter() - start)
-    per_update = min(times) * 1.1 + per_rollout / UPDATES_PER_ROLLOUT  # and the optimizer
+    per_rollout = min(_seconds(teacher, lambda: objective.rollout(batch)) for _ in range(2))
+    per_update = min(
+        _seconds(teacher, lambda: objective.loss(student, rollout)[0].backward()) for _ in range(3)
+    )
+    per_update = 1.1 * per_update + per_rollout / UPDATES_PER_ROLLOUT  # 10 % for the optimizer
     return max(min(int(seconds / per_update), most), 1)
+
+
+def _seconds(model: Token2Mel, run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    if _device(model).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def distil_student(
@@ -107,7 +115,9 @@ def search_grid(
     def distance(grid: Tensor) -> float:
         return metrics.to_teacher(dev.scored(dev.solve(model, grid, guidance)), reference)
 
-    return o3s.search(distance, nfe, higher_is_better=False, tolerance=0.05, budget=20)
+    return o3s.search(
+        distance, nfe, higher_is_better=False, tolerance=0.1, min_gain=5e-4, budget=60
+    )
 
 
 def measure(

@@ -55,7 +55,7 @@ def draw_spectrograms(
     Args:
         path: Where to write.
         title: Above the figure; the text that is spoken.
-        mels: Label to ``(N, 80)`` normalised log-mel; the colour scale is that of the first one.
+        mels: Label to `(N, 80)` normalised log-mel; the colour scale is that of the first one.
         prompt_frames: Frames that were given, not generated; marked by a line.
     """
     images = {label: natural_log_mel(mel.detach().float().cpu()) for label, mel in mels.items()}

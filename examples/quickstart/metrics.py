@@ -4,8 +4,8 @@ Mel-cepstral distortion rewards blur: the mean of all plausible mels beats any s
 Frechet distance and the sharpness see blur, and the classifier sees whatever is left; the
 distance to the teacher tells how much of the error is the student's own.
 
-All functions take two lists of normalised log-mels, ``(N_i, 80)`` float each, on any device:
-``generated[i]`` and ``truth[i]`` are the same utterance, frame by frame, prompt frames cut off.
+All functions take two lists of normalised log-mels, `(N_i, 80)` float each, on any device:
+`generated[i]` and `truth[i]` are the same utterance, frame by frame, prompt frames cut off.
 They are deterministic, and work on the CPU.
 """
 
@@ -24,8 +24,8 @@ PATCH_FRAMES = 3
 def mcd(generated: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     """Mel-cepstral distortion in dB, frames aligned as they are (no time warping); 0 is best.
 
-    ``10 / ln 10 * sqrt(2 * sum_m (c_m - c'_m)^2)``, averaged over all frames, where the natural
-    log-mel is ``sum_m c_m cos(pi m (k + 1/2) / 80)`` and m = 1 to 13: the root mean square over
+    `10 / ln 10 * sqrt(2 * sum_m (c_m - c'_m)^2)`, averaged over all frames, where the natural
+    log-mel is `sum_m c_m cos(pi m (k + 1/2) / 80)` and m = 1 to 13: the root mean square over
     the mel axis of the difference between the two smoothed spectra, loudness (m = 0) left out.
     """
     _check_pairs(generated, truth)
@@ -41,7 +41,7 @@ def mcd(generated: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 def frechet(generated: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     """Squared Frechet distance between Gaussians fitted to 3-frame patches; 0 is best.
 
-    ``|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2))`` over the 240 values of a patch, in squared units
+    `|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2))` over the 240 values of a patch, in squared units
     of the normalised log-mel (a patch's total variance is about 240). Some thousand patches
     determine the 240 x 240 covariances; nothing is inverted, so near-singular ones do no harm.
     """
@@ -126,12 +126,12 @@ def _check_pairs(generated: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
 
 
 def _frames(mels: Sequence[Tensor]) -> Tensor:
-    """All frames of all mels, ``(sum N_i, 80)`` float64."""
+    """All frames of all mels, `(sum N_i, 80)` float64."""
     return torch.cat([mel.detach().cpu().double() for mel in mels])
 
 
 def _patches(mels: Sequence[Tensor]) -> list[Tensor]:
-    """Every run of 3 frames of each mel, flattened: ``(N_i - 2, 240)`` float32 each."""
+    """Every run of 3 frames of each mel, flattened: `(N_i - 2, 240)` float32 each."""
     return [
         mel.detach().cpu().float().unfold(0, PATCH_FRAMES, 1).flatten(start_dim=1) for mel in mels
     ]

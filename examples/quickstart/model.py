@@ -6,6 +6,7 @@ prompt, is the velocity. Distillation trains the DiT alone.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,8 +65,7 @@ class Token2Mel(nn.Module):
 
     def student(self) -> Token2Mel:
         """A student with the same encoder, frozen, and a trainable copy of the DiT that takes r."""
-        student = Token2Mel(self.symbols, self.speakers, self.estimator.config)
-        student.encoder.load_state_dict(self.encoder.state_dict())
+        student = copy.deepcopy(self)
         student.encoder.requires_grad_(False)
         student.estimator = self.estimator.student()
         return student

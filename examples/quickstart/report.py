@@ -60,7 +60,7 @@ class Example:
 
     Attributes:
         title: The text that is spoken, perhaps with its speaker.
-        mels: Label to ``(N, 80)`` normalised log-mel, in the order of display.
+        mels: Label to `(N, 80)` normalised log-mel, in the order of display.
         wavs: Label to an existing WAV file, in the order of display.
         prompt_frames: How many leading frames were given, not generated.
     """
@@ -72,10 +72,10 @@ class Example:
 
 
 def write_report(out: Path, results: Mapping[str, Any], examples: Sequence[Example]) -> Path:
-    """Write ``spectrograms.png``, ``curves.png`` and ``report.html`` into the folder `out`.
+    """Write `spectrograms.png`, `curves.png` and `report.html` into the folder `out`.
 
     Args:
-        out: An existing folder; an ``o3s.png`` in it is embedded too.
+        out: An existing folder; an `o3s.png` in it is embedded too.
         results: "rows" (one mapping per model, grid and step count with the metrics of
             `COLUMNS`; None or absent where one has no meaning), and anything else, shown as it is.
         examples: At least one; the first is drawn, all can be played.

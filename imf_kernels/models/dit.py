@@ -280,8 +280,12 @@ class DiT(nn.Module):
             checks.shape("text", text, rows, "L")
             checks.dtype("text", text, torch.int64, torch.int32)
             vocab = self.text_embed.config.vocab
-            if checks.readable(text) and text.numel() and not -1 <= int(text.max()) < vocab:
-                raise ValueError(f"text: expected ids in [-1, {vocab - 1}], got {int(text.max())}")
+            if checks.readable(text) and text.numel():
+                least, most = int(text.min()), int(text.max())
+                if least < -1 or most >= vocab:
+                    raise ValueError(
+                        f"text: expected ids in [-1, {vocab - 1}], got {least} to {most}"
+                    )
             text_inside = torch.ones_like(inside) if upstream_padding else inside
             branches = [
                 self._conditions(prompt, self.text_embed(text, frames, text_inside, drop=False))

@@ -30,8 +30,7 @@ class Batch:
     loss_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        checks.shape("x1", self.x1, "B", "N", "C")
-        checks.dtype("x1", self.x1, torch.float32, torch.float64)
+        checks.state("x1", self.x1)
         rows, frames, _ = self.x1.shape
         checks.lengths("lengths", self.lengths, rows, frames)
         checks.same_device("lengths", self.lengths, self.x1.device)

@@ -13,7 +13,9 @@ def uniform(
 ) -> Tensor:
     """Float32 in [0, 1)."""
     source = generator.device if generator is not None else device
-    return torch.rand(tuple(shape), generator=generator, device=source).to(device)
+    return torch.rand(tuple(shape), generator=generator, device=source, dtype=torch.float32).to(
+        device
+    )
 
 
 def normal_like(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -111,19 +111,16 @@ class IntMeanFlow:
         keep = self.source == "noise" or self.targets > 1
         run = self.teacher.integrate(z, t, r, self.nfe, cond, spacing=spacing, keep=keep)
         velocity = self.teacher.velocity(z, t, cond) if self.intervals.boundary > 0 else None
-        if run.states is None or run.displacements is None:  # the ends are all that is needed
-            states = torch.stack([z, run.z])
-            displacements = torch.stack([torch.zeros_like(z), run.displacement])
-            times, elapsed = torch.stack([t, r]), torch.stack([torch.zeros_like(t), r - t])
-            return TeacherRollout(batch, times, elapsed, states, displacements, velocity)
-        return TeacherRollout(
-            batch, run.times, run.elapsed, run.states, run.displacements, velocity
-        )
+        # for one target the ends of the rollout are all that is needed, and held
+        states = z[None] if run.states is None else run.states
+        displacements = run.displacement[None] if run.displacements is None else run.displacements
+        return TeacherRollout(batch, run.times, run.elapsed, states, displacements, velocity)
 
     def loss(self, student: Any, rollout: TeacherRollout) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's part: one evaluation with gradient per target."""
         batch = rollout.batch
-        inner = getattr(student, "module", student)  # within DistributedDataParallel, say
+        # a wrapper such as DistributedDataParallel has its student within
+        inner = student if hasattr(student, "prepare") else student.module
         cond = inner.prepare(lengths=batch.lengths, **batch.conditions)
         mask = batch.valid()
         if self.region == "span" and batch.loss_mask is not None:

@@ -30,8 +30,9 @@ class TeacherRollout(NamedTuple):
     """A batch with the teacher's states along it.
 
     `times` and `elapsed` (the time since the first) `(n + 1, B)`; `states`, `displacements`
-    `(n + 1, B, N, C)`, displacements accumulated from the first time; `velocity` the guided
-    velocity at the first time, or None.
+    `(n + 1, B, N, C)`, displacements accumulated from the first time, or, where only the whole is
+    a target, just the first state and the last displacement; `velocity` the guided velocity at the
+    first time, or None.
     """
 
     batch: Batch
@@ -83,8 +84,8 @@ def draw_pairs(
 class RolloutCache:
     """Keeps up to `capacity` rollouts and deals them again: the teacher is paid once for many uses.
 
-    Once full, a share `refresh` of the calls replaces the oldest rollout by a new one. States are
-    held where the teacher left them: `capacity * 2 (n + 1) B N C` float32.
+    Once full, a share `refresh` of the calls replaces the oldest rollout by a new one. Rollouts are
+    held where the teacher left them, `2 (n + 1) B N C` float32 each beside their batch.
     """
 
     def __init__(

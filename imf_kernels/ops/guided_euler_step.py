@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import checks, dispatch, masks
+from imf_kernels.ops._layout import contiguous
 from imf_kernels.ops._triton import accumulator, cdiv, jit, launch, tl
 
 BLOCK = 1024
@@ -93,7 +94,7 @@ def _guided_euler_step_kernel(
     m = o < row_size
     m_valid = m
     if HAS_LENGTHS:
-        m_valid = o < tl.load(p_lengths + row).to(tl.int64) * CHANNELS
+        m_valid = m & (o < tl.load(p_lengths + row).to(tl.int64) * CHANNELS)
     if HAS_GUIDANCE:  # noqa: SIM108 (a ternary would load both)
         w = tl.load(p_guidance + row)
     else:
@@ -126,9 +127,7 @@ def _outputs(
     return (
         x.new_empty(x.shape),
         x.new_empty(x.shape if displacement is not None else (0,)),
-        x.new_empty(
-            x.shape if model_dtype is not None else (0,), dtype=model_dtype or torch.float32
-        ),
+        x.new_empty(x.shape if model_dtype is not None else (0,), dtype=model_dtype),
     )
 
 
@@ -182,10 +181,9 @@ def _op(
     displacement: Tensor | None,
     model_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, velocity, dt = x.contiguous(), velocity.contiguous(), dt.contiguous()
-    guidance = guidance.contiguous() if guidance is not None else None
-    lengths = lengths.contiguous() if lengths is not None else None
-    displacement = displacement.contiguous() if displacement is not None else None
+    x, velocity, dt, guidance, lengths, displacement = contiguous(
+        x, velocity, dt, guidance, lengths, displacement
+    )
     args = (x, velocity, dt, guidance, scale, lengths, displacement, model_dtype)
     if dispatch.runs_triton(x):
         return _launch(*args)
@@ -206,7 +204,7 @@ def _op(
     return (
         step.x,
         empty if step.displacement is None else step.displacement,
-        x.new_empty((0,)) if model_dtype is None else step.model_input.clone(),
+        x.new_empty((0,)) if model_dtype is None else step.model_input,
     )
 
 
@@ -317,8 +315,7 @@ def _check(
     displacement: Tensor | None,
     model_dtype: torch.dtype,
 ) -> None:
-    checks.shape("x", x, "B", "N", "C")
-    checks.dtype("x", x, torch.float32, torch.float64)
+    checks.state("x", x)
     rows, frames, channels = x.shape
     checks.shape(
         "velocity", velocity, "S", rows if guidance is None else 2 * rows, frames, channels

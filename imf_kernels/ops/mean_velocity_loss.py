@@ -17,6 +17,7 @@ from torch import Tensor
 
 from imf_kernels import checks, dispatch
 from imf_kernels.ops._dtypes import wide, wide_dtype
+from imf_kernels.ops._layout import contiguous
 from imf_kernels.ops._triton import accumulator, cdiv, jit, launch, tl
 
 BLOCK = 2048
@@ -224,10 +225,6 @@ def _launch_backward(
     return grad_u
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Any]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
 @torch.library.custom_op("imf_kernels::mean_velocity_loss", mutates_args=())
 def _op(
     prediction: Tensor,
@@ -237,7 +234,7 @@ def _op(
     mask: Tensor | None,
 ) -> Tensor:
     run = _launch_forward if dispatch.runs_triton(prediction) else reference
-    return run(*_contiguous(prediction, displacement, interval, velocity, mask))
+    return run(*contiguous(prediction, displacement, interval, velocity, mask))
 
 
 @_op.register_fake
@@ -254,7 +251,7 @@ def _op_backward(
     velocity: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    args = _contiguous(grad, prediction, displacement, interval, velocity, mask)
+    args = contiguous(grad, prediction, displacement, interval, velocity, mask)
     if dispatch.runs_triton(prediction):
         return _launch_backward(*args)
     error = _error(*args[1:])
@@ -310,7 +307,8 @@ def mean_velocity_loss(
     fixed order: deterministic.
 
     Raises:
-        ValueError, TypeError: naming the argument, the expected and the given value.
+        ValueError, TypeError: naming the argument, the expected and the given value; values are
+            read on CPU tensors only.
     """
     checks.shape("prediction", prediction, "B", "N", "C")
     checks.floating("prediction", prediction)
@@ -320,7 +318,7 @@ def mean_velocity_loss(
             checks.shape(name, target, rows, frames, channels)
             checks.dtype(name, target, wide_dtype(prediction))
             checks.same_device(name, target, prediction.device)
-    checks.interval(t, r, rows, strict=velocity is None)
+    checks.interval(t, r, rows, strict=velocity is None and interval is None)
     if mask is not None:
         checks.shape("mask", mask, rows, frames)
         checks.dtype("mask", mask, torch.bool)
@@ -329,7 +327,18 @@ def mean_velocity_loss(
         checks.dtype("weights", weights, wide_dtype(prediction))
     if interval is not None:
         checks.shape("interval", interval, rows)
-    for name, value in (("t", t), ("r", r), ("mask", mask), ("weights", weights)):
+        checks.dtype("interval", interval, torch.float32, torch.float64)
+        least = 0 if velocity is None else -1e-30
+        if checks.readable(interval) and not bool((interval > least).all()):
+            wanted = "> 0" if velocity is None else ">= 0"
+            raise ValueError(f"interval: expected lengths {wanted}, got {interval.tolist()}")
+    for name, value in (
+        ("t", t),
+        ("r", r),
+        ("mask", mask),
+        ("weights", weights),
+        ("interval", interval),
+    ):
         checks.same_device(name, value, prediction.device)
 
     kernel = dispatch.use_kernel(prediction, displacement, t, r, interval, velocity)

@@ -1,5 +1,6 @@
 """The quickstart on a few utterances: its material, its metrics, and the run from end to end."""
 
+import copy
 import json
 import re
 import sys
@@ -13,7 +14,7 @@ pytest.importorskip("librosa", reason="needs the [demo] extra")
 from examples.quickstart import __main__ as quickstart
 from examples.quickstart import corpus as corpus_module
 from examples.quickstart import experiment, metrics
-from examples.quickstart.audio import HOP, MELS, griffin_lim, log_mel, write_wav
+from examples.quickstart.audio import MELS, griffin_lim, log_mel, write_wav
 from examples.quickstart.corpus import build_corpus
 from examples.quickstart.data import MAX_PROMPT, random_prompts, training_batches
 from examples.quickstart.model import TEACHER, load_teacher, save_teacher
@@ -54,7 +55,7 @@ def test_texts_follow_the_seed(corpus, monkeypatch):
 
 def test_utterances_are_what_they_say(corpus):
     for u in corpus.train:
-        assert u.mel.shape == (1 + len(u.audio) // HOP, MELS)
+        assert u.mel.shape[1] == MELS
         assert u.phonemes.shape == (len(u.mel),)
         assert 0 <= int(u.phonemes.min()) <= int(u.phonemes.max()) < len(corpus.symbols)
         assert 50 <= len(u.mel) <= 250
@@ -133,6 +134,13 @@ def test_shipped_teacher(teacher, tmp_path):
     again = load_teacher(tmp_path / "again.safetensors")
     for name, value in again.state_dict().items():
         assert torch.equal(value, teacher.state_dict()[name])
+
+
+def test_student_lives_where_the_teacher_does(teacher):
+    student = copy.deepcopy(teacher).to("meta").student()
+    assert {p.device.type for p in student.parameters()} == {"meta"}
+    trained = {name.split(".")[0] for name, p in student.named_parameters() if p.requires_grad}
+    assert trained == {"estimator"}
 
 
 def test_teacher_speaks(corpus, teacher):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from imf_kernels import grids, sampler
-from imf_kernels.models import DiT, DiTConfig, TextConfig
+from imf_kernels.models import Conditioning, DiT, DiTConfig, TextConfig
 from tests.models.tools import (
     VARIANTS,
     conditions,
@@ -180,6 +180,29 @@ def test_conditioning_is_what_it_declares(variant):
     assert sizes == {"rows": {4}, "frames": {30}, "dim": {32}, "head_dim": {16}}
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_padding_by_the_specs_changes_no_row(variant, streaming):
+    """As a static buffer would hold it: more frames, and rows of one frame."""
+    model = small_model(variant, chunk=10)
+    given = conditions(model, [30, 22])
+    cond = model.prepare(**given, streaming=streaming)
+    padded = {}
+    for name, tensor in cond.items():
+        spec = cond.specs[name]
+        grow = [{"rows": 3, "frames": 20}.get(dim, 0) for dim in spec.dims]
+        widths = [width for amount in reversed(grow) for width in (0, amount)]
+        padded[name] = torch.nn.functional.pad(tensor, widths, value=spec.pad)
+    x, (t, r) = torch.randn(5, 50, 12), times(5)
+    with torch.no_grad():
+        expected = model(x[:2, :30], t[:2], r[:2], cond)
+        got = model(x, t, r, Conditioning(padded, cond.specs))
+    assert relative_rms(got[:2, :30], expected) <= 1e-5
+    assert got.isfinite().all()
+    moved = cond.to("meta")
+    assert moved.specs == cond.specs
+    assert {tensor.device.type for tensor in moved.values()} == {"meta"}
+
+
 def test_streaming_sees_whole_blocks_and_the_past_only():
     model = small_model("cosyvoice3", chunk=10)
     given = conditions(model, [40])
@@ -280,7 +303,9 @@ def wrong_prepares():
     texts, mus = conditions(f5, [9, 5]), conditions(cosyvoice3, [9, 5])
     yield f5, texts | {"text": None}, "text: expected a tensor"
     yield f5, texts | {"mu": mus["mu"]}, "mu: expected None"
-    yield f5, texts | {"text": torch.full((2, 4), 20)}, r"text: expected ids in \[-1, 19\], got 20"
+    high, low = torch.tensor([[0, 20]] * 2), torch.tensor([[0, -5]] * 2)
+    yield f5, texts | {"text": high}, r"text: expected ids in \[-1, 19\], got 0 to 20"
+    yield f5, texts | {"text": low}, r"text: expected ids in \[-1, 19\], got -5 to 0"
     yield f5, texts | {"text": torch.zeros(2, 4)}, "text: expected torch.int64"
     yield f5, texts | {"prompt": texts["prompt"][..., :3]}, "prompt: expected shape"
     yield f5, texts | {"prompt": texts["prompt"].long()}, "prompt: expected torch.float32"

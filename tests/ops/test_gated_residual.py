@@ -101,3 +101,16 @@ def test_opcheck(name):
 def test_compiles_without_graph_breaks_or_recompiles(name):
     with backend(name):
         assert_compiles_once(gated_residual, *(inputs(2, frames, 12) for frames in (7, 12, 33)))
+
+
+@pytest.mark.parametrize("name", kernel_backends())
+@pytest.mark.parametrize("argument", [0, 1, 2])
+def test_forward_mode_ad_is_refused(name, argument):
+    args = inputs(1, 3, 4)
+
+    def run(value):
+        return gated_residual(*args[:argument], value, *args[argument + 1 :])
+
+    tangent = torch.ones_like(args[argument])
+    with backend(name), pytest.raises(RuntimeError, match="forward-mode AD"):
+        torch.func.jvp(run, (args[argument],), (tangent,))

@@ -188,10 +188,14 @@ def test_gradients_pass_through_the_model_input(name):
 
 @pytest.mark.parametrize("name", kernel_backends(cpp=True))
 def test_opcheck(name):
-    for form, model_dtype in itertools.product(FORMS, [None, torch.bfloat16]):
-        args = inputs(2, 5, 4, form)
+    dtypes = [(None, torch.float32), (torch.bfloat16, torch.float32), (None, torch.float64)]
+    for form, (model_dtype, dtype) in itertools.product(FORMS, dtypes):
+        args = {
+            key: value.to(dtype) if isinstance(value, torch.Tensor) else value
+            for key, value in inputs(2, 5, 4, form).items()
+        }
         guidance = args["guidance"] if form == "tensor" else None
-        displacement = torch.zeros(2, 5, 4, device=DEVICE)
+        displacement = torch.zeros(2, 5, 4, device=DEVICE, dtype=dtype)
         x = args["x"].requires_grad_()
         lengths = torch.tensor([5, 3], device=DEVICE)
         op_args = (x, args["velocity"], args["dt"], guidance, 2.3, lengths, displacement)
@@ -201,16 +205,21 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("name", ["reference", *kernel_backends(cpp=True)])
 def test_compiles_without_graph_breaks_or_recompiles(name):
-    def run(x, velocity, dt, lengths):
-        return guided_euler_step(x, velocity, dt, 2.0, lengths=lengths).x
+    def run(x, velocity, dt, lengths, w):
+        return guided_euler_step(x, velocity, dt, w, lengths=lengths).x
 
-    def call(frames):
+    def call(frames, w):
         args = inputs(2, frames, 6, "number")
         lengths = torch.tensor([frames, 2], device=DEVICE)
-        return args["x"], args["velocity"][0], args["dt"][0], lengths
+        return args["x"], args["velocity"][0], args["dt"][0], lengths, w
 
     with backend(name):
-        assert_compiles_once(run, *(call(frames) for frames in (7, 12, 33)))
+        assert_compiles_once(run, *(call(frames, 2.3) for frames in (7, 12, 33)))
+        torch._dynamo.reset()
+        compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="eager")
+        for w in (2.3, 1.7):
+            args = call(9, w)
+            torch.testing.assert_close(compiled(*args), run(*args))
 
 
 @pytest.mark.parametrize("name", kernel_backends(cpp=True))

@@ -127,3 +127,16 @@ def test_jvp_on_the_reference():
             for s in (step, -step)
         )
     torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", kernel_backends())
+@pytest.mark.parametrize("argument", [0, 1, 2])
+def test_forward_mode_ad_is_refused(name, argument):
+    args = inputs(1, 3, 4)
+
+    def run(value):
+        return modulated_layer_norm(*args[:argument], value, *args[argument + 1 :])
+
+    tangent = torch.ones_like(args[argument])
+    with backend(name), pytest.raises(RuntimeError, match="forward-mode AD"):
+        torch.func.jvp(run, (args[argument],), (tangent,))
