@@ -64,12 +64,14 @@ def _backward_kernel(
     m = o < D
     b_gate = tl.load(p_gate + row * stride_gate + o, mask=m, other=0.0).to(ACC)
     b_sum = tl.zeros([BLOCK_D], ACC)
-    for frame in range(chunk * FRAMES, tl.minimum((chunk + 1) * FRAMES, frames)):
-        o_frame = (row * frames + frame) * D + o
-        b_grad = tl.load(p_grad + o_frame, mask=m, other=0.0).to(ACC)
-        b_h = tl.load(p_h + o_frame, mask=m, other=0.0).to(ACC)
-        tl.store(p_grad_h + o_frame, (b_grad * b_gate).to(p_grad_h.dtype.element_ty), mask=m)
-        b_sum += b_grad * b_h
+    for i in range(FRAMES):
+        frame = chunk * FRAMES + i
+        if frame < frames:
+            o_frame = (row * frames + frame) * D + o
+            b_grad = tl.load(p_grad + o_frame, mask=m, other=0.0).to(ACC)
+            b_h = tl.load(p_h + o_frame, mask=m, other=0.0).to(ACC)
+            tl.store(p_grad_h + o_frame, (b_grad * b_gate).to(p_grad_h.dtype.element_ty), mask=m)
+            b_sum += b_grad * b_h
     o_partial = (row * tl.num_programs(0) + chunk) * D + o
     tl.store(p_grad_gate + o_partial, b_sum, mask=m)
 

@@ -77,18 +77,20 @@ def _backward_kernel(
     b_gain = 1 + tl.load(p_scale + row * stride_scale + o, mask=m, other=0.0).to(ACC)
     b_sum_shift = tl.zeros([BLOCK_D], ACC)
     b_sum_scale = tl.zeros([BLOCK_D], ACC)
-    for frame in range(chunk * FRAMES, tl.minimum((chunk + 1) * FRAMES, frames)):
-        o_frame = (row * frames + frame) * D + o
-        b_x = tl.load(p_x + o_frame, mask=m, other=0.0).to(ACC)
-        b_grad = tl.load(p_grad + o_frame, mask=m, other=0.0).to(ACC)
-        b_x = tl.where(m, b_x - tl.sum(b_x, 0) / D, 0.0)
-        rstd = 1 / tl.sqrt(tl.sum(b_x * b_x, 0) / D + eps)
-        b_norm = b_x * rstd
-        b_g = b_grad * b_gain
-        b_grad_x = (b_g - tl.sum(b_g, 0) / D - b_norm * (tl.sum(b_g * b_norm, 0) / D)) * rstd
-        tl.store(p_grad_x + o_frame, b_grad_x.to(p_grad_x.dtype.element_ty), mask=m)
-        b_sum_shift += b_grad
-        b_sum_scale += b_grad * b_norm
+    for i in range(FRAMES):
+        frame = chunk * FRAMES + i
+        if frame < frames:
+            o_frame = (row * frames + frame) * D + o
+            b_x = tl.load(p_x + o_frame, mask=m, other=0.0).to(ACC)
+            b_grad = tl.load(p_grad + o_frame, mask=m, other=0.0).to(ACC)
+            b_x = tl.where(m, b_x - tl.sum(b_x, 0) / D, 0.0)
+            rstd = 1 / tl.sqrt(tl.sum(b_x * b_x, 0) / D + eps)
+            b_norm = b_x * rstd
+            b_g = b_grad * b_gain
+            b_grad_x = (b_g - tl.sum(b_g, 0) / D - b_norm * (tl.sum(b_g * b_norm, 0) / D)) * rstd
+            tl.store(p_grad_x + o_frame, b_grad_x.to(p_grad_x.dtype.element_ty), mask=m)
+            b_sum_shift += b_grad
+            b_sum_scale += b_grad * b_norm
     o_partial = (row * tl.num_programs(0) + chunk) * D + o
     tl.store(p_grad_shift + o_partial, b_sum_shift, mask=m)
     tl.store(p_grad_scale + o_partial, b_sum_scale, mask=m)
