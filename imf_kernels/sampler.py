@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import checks, grids
-from imf_kernels.solver import Callback, VelocityModel, euler
+from imf_kernels.solver import Callback, VelocityModel, solve
 
 
 def sample(
@@ -53,7 +53,7 @@ def sample(
     steps = times.numel() - 1
     per_row = times[:, None].expand(-1, noise.shape[0]).contiguous()
     with torch.set_grad_enabled(grad), _Progress(steps, callback, progress) as on_step:
-        run = euler(
+        run = solve(
             model,
             noise,
             per_row,

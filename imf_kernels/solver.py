@@ -35,49 +35,50 @@ class Trajectory(NamedTuple):
 
 
 def euler(
-    model: VelocityModel,
+    velocity: Callable[[int, Tensor], Tensor],
     x: Tensor,
-    times: Tensor,
     dt: Tensor,
-    cond: Any,
     guidance: Tensor | float | None = None,
     *,
+    lengths: Tensor | None = None,
+    model_dtype: torch.dtype | None = None,
     accumulate: bool = True,
     keep: bool = False,
     callback: Callback | None = None,
 ) -> Trajectory:
-    """Integrate `dx = v dt` from `x` along per-row times; nothing here waits for the device.
+    """Integrate `dx = v dt` from `x`; nothing here waits for the device.
 
     Args:
+        velocity: Called as `velocity(k, x)` with the state before step k in `model_dtype`; returns
+            B rows, or 2B when guided.
         x: State float32 `(B, N, C)`.
-        times: `(n + 1, B)`, the model is asked at `t = times[k]`, `r = times[k + 1]`.
         dt: `(n, B)`, the lengths of the steps. Given apart from the times, whose differences have
             lost digits over short intervals.
-        cond: For the model; doubled if and only if `guidance` is given.
         guidance: w, a number or `(B,)`.
+        lengths: Valid frames per row, `(B,)`; frames beyond do not move.
+        model_dtype: By default the state's.
         accumulate: Accumulate the displacement, apart from the state.
         keep: Keep all n + 1 states, and the displacements if they are accumulated.
         callback: Called as `callback(k, x)` after step k.
     """
     rows = x.shape[0]
     branches = 1 if guidance is None else 2
-    lengths = row_lengths(cond, rows)
-    dtype = model_dtype(model, x.dtype)
+    dtype = model_dtype or x.dtype
     dt = dt.to(x.dtype)
     displacement = torch.zeros_like(x) if accumulate else None
     states, displacements = [x], [displacement]
     model_input = x.to(dtype)
     for k in range(dt.shape[0]):
-        velocity = model(model_input, times[k], times[k + 1], cond)
-        if velocity.shape[0] != branches * rows:
+        v = velocity(k, model_input)
+        if v.shape[0] != branches * rows:
             raise ValueError(
                 f"cond: expected one prepared for {branches * rows} rows "
                 f"({'with' if branches == 2 else 'without'} guidance), "
-                f"got a velocity of {velocity.shape[0]} rows"
+                f"got a velocity of {v.shape[0]} rows"
             )
         x, displacement, model_input = guided_euler_step(
             x,
-            velocity,
+            v,
             dt[k],
             guidance,
             lengths=lengths,
@@ -94,6 +95,27 @@ def euler(
         displacement,
         torch.stack(states) if keep else None,
         torch.stack([d for d in displacements if d is not None]) if keep and accumulate else None,
+    )
+
+
+def solve(
+    model: VelocityModel,
+    x: Tensor,
+    times: Tensor,
+    dt: Tensor,
+    cond: Any,
+    guidance: Tensor | float | None = None,
+    **options: Any,
+) -> Trajectory:
+    """`euler` of a model, asked at `t = times[k]`, `r = times[k + 1]`; times `(n + 1, B)`."""
+    return euler(
+        lambda k, state: model(state, times[k], times[k + 1], cond),
+        x,
+        dt,
+        guidance,
+        lengths=row_lengths(cond, x.shape[0]),
+        model_dtype=model_dtype(model, x.dtype),
+        **options,
     )
 
 

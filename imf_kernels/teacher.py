@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from imf_kernels import checks, grids, guidance
-from imf_kernels.solver import VelocityModel, euler, model_dtype
+from imf_kernels.solver import VelocityModel, model_dtype, solve
 
 
 class Rollout(NamedTuple):
@@ -106,7 +106,7 @@ class Teacher:
         elapsed = (r - t) * fractions
         times = torch.minimum(t + elapsed, r)
         dt = (r - t) * fractions.diff(dim=0)
-        run = euler(self.model, z, times, dt, cond, self.guidance, keep=keep)
+        run = solve(self.model, z, times, dt, cond, self.guidance, keep=keep)
         assert run.displacement is not None
         return Rollout(run.displacement, run.x, times, elapsed, run.states, run.displacements)
 

@@ -3,12 +3,15 @@
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
 from imf_kernels.models.config import DiTConfig, TextConfig
 from imf_kernels.models.dit import DiT
+from imf_kernels.models.step_tables import Modulation, StepTables
 from imf_kernels.models.time_embedding import TimeEmbedding, TimeEmbedMixer
 
 __all__ = [
     "Conditioning",
     "DiT",
     "DiTConfig",
+    "Modulation",
+    "StepTables",
     "TensorSpec",
     "TextConfig",
     "TimeEmbedMixer",

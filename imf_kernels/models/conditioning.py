@@ -11,15 +11,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Declares one prepared tensor: its named dimensions, its dtype and its padding value.
+    """Declares one tensor of a model's conditioning: dimensions, dtype and padding value.
 
-    "rows" and "frames" are the dimensions that a static buffer pads; every other one is fixed by
-    the model. `dtype` None stands for the model's own.
+    "rows" and "frames" are what a static buffer pads, "rows" always first; every other dimension
+    is a number fixed by the model. `dtype` None stands for the model's own, or autocast's under it.
     """
 
-    dims: tuple[str, ...]
+    dims: tuple[str | int, ...]
     dtype: torch.dtype | None
     pad: float = 0.0
+
+    def shape(self, rows: int, frames: int) -> tuple[int, ...]:
+        sizes = {"rows": rows, "frames": frames}
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
 
 
 class Conditioning(Mapping[str, Tensor]):

@@ -53,6 +53,8 @@ class DiTConfig:
     """Whether `r` enters, through `time_embed_mixer` (a mean-velocity student)."""
     mixer_diagonal: float = 1.0
     """D of the mixer's initial `[D 0]`, times the identity."""
+    baked: bool = False
+    """Without time embedding, mixer and adaLN weights: evaluated from step tables only."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "head_dim", "ff_mult", "channels", "chunk"):

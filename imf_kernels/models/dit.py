@@ -1,13 +1,15 @@
 """One diffusion transformer for F5-TTS v0, F5-TTS v1 and CosyVoice3, from their own state dicts.
 
 Two phases: `prepare` computes, once per utterance batch, what does not depend on `x, t, r`;
-`model(x, t, r, cond)` evaluates the velocity. Module names follow the clients' checkpoints.
+`model(x, t, r, cond)` evaluates the velocity. For a known grid, `tables` computes all that depends
+on `t, r` once, and `evaluate` does the rest. Module names follow the clients' checkpoints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from imf_kernels.models.positions import (
     RotaryEmbedding,
     rotate,
 )
+from imf_kernels.models.step_tables import Modulation, StepTables, fuse, linear_float32
 from imf_kernels.models.text_tower import TextTower
 from imf_kernels.models.time_embedding import TimeEmbedding, TimeEmbedMixer
 from imf_kernels.ops import gated_residual, modulated_layer_norm
@@ -75,9 +78,9 @@ class AdaLN(nn.Module):
         self.parts = parts
         self.linear = nn.Linear(dim, parts * dim)
 
-    def forward(self, e: Tensor) -> tuple[Tensor, ...]:
-        """`e`: SiLU already applied, `(R, dim)`; strided views `(R, dim)` come back."""
-        return self.linear(e).chunk(self.parts, dim=-1)
+    def forward(self, e: Tensor) -> Tensor:
+        """`(R, dim)`, SiLU already applied, to `(R, parts, dim)`."""
+        return self.linear(e).unflatten(-1, (self.parts, -1))
 
 
 class Block(nn.Module):
@@ -85,16 +88,21 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.attn_norm = AdaLN(config.dim, 6)
+        self.attn_norm: Any = None if config.baked else AdaLN(config.dim, 6)
         self.attn = Attention(config)
         self.ff = FeedForward(config)
 
-    def forward(self, x: Tensor, e: Tensor, rope: Tensor, mask: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.attn_norm(e)
+    def forward(self, x: Tensor, modulation: Tensor, rope: Tensor, mask: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = _per_row(modulation, x.shape[0])
         h = self.attn(modulated_layer_norm(x, shift_a, scale_a), rope, mask)
         x = gated_residual(x, h, gate_a)
         h = self.ff(modulated_layer_norm(x, shift_f, scale_f))
         return gated_residual(x, h, gate_f)
+
+
+def _per_row(modulation: Tensor, rows: int) -> tuple[Tensor, ...]:
+    """`(R, parts, dim)` as `parts` strided views `(rows, dim)`."""
+    return modulation.expand(rows, -1, -1).unbind(1)
 
 
 class InputEmbedding(nn.Module):
@@ -134,21 +142,14 @@ class DiT(nn.Module):
     Build it from a `DiTConfig`, or from a client's state dict with `DiT.from_state_dict`.
     """
 
-    specs: Mapping[str, TensorSpec] = {
-        "lengths": TensorSpec(("rows",), torch.int64, pad=1),
-        "key_lengths": TensorSpec(("rows",), torch.int64, pad=1),
-        "chunk": TensorSpec(("rows",), torch.int64, pad=1),
-        "conditions": TensorSpec(("rows", "frames", "dim"), None),  # autocast's dtype under it
-        "rope": TensorSpec(("frames", "head_dim"), torch.float32),
-    }
-    """What `prepare` returns; "chunk" is there for streaming only."""
-
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.time_embed = TimeEmbedding(config.dim)
+        self.time_embed = None if config.baked else TimeEmbedding(config.dim)
         self.time_embed_mixer = (
-            TimeEmbedMixer(config.dim, config.mixer_diagonal) if config.mixer else None
+            TimeEmbedMixer(config.dim, config.mixer_diagonal)
+            if config.mixer and not config.baked
+            else None
         )
         self.text_embed = TextTower(config.text) if config.text is not None else None
         self.input_embed = InputEmbedding(config)
@@ -157,15 +158,16 @@ class DiT(nn.Module):
         self.long_skip_connection = (
             nn.Linear(2 * config.dim, config.dim, bias=False) if config.long_skip else None
         )
-        self.norm_out = AdaLN(config.dim, 2)
+        self.norm_out: Any = None if config.baked else AdaLN(config.dim, 2)
         self.proj_out = nn.Linear(config.dim, config.channels)
+        self._fused_adaln: tuple[Tensor | None, Tensor | None] = (None, None)
         self._reset_output()
 
     def _reset_output(self) -> None:
         """adaLN-Zero: every block starts as the identity and the velocity as 0."""
-        for adaln in (module for module in self.modules() if isinstance(module, AdaLN)):
-            nn.init.zeros_(adaln.linear.weight)
-            nn.init.zeros_(adaln.linear.bias)
+        for linear in self._adaln_linears():
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
@@ -230,10 +232,39 @@ class DiT(nn.Module):
         student.load_state_dict(self.state_dict())
         return student
 
+    def baked(self) -> DiT:
+        """A copy without time embedding, mixer and adaLN weights, to be evaluated from `tables`."""
+        baked = DiT(replace(self.config, baked=True))
+        baked.to(device=self.proj_out.weight.device, dtype=self.dtype)
+        kept = baked.state_dict().keys()
+        baked.load_state_dict({k: v for k, v in self.state_dict().items() if k in kept})
+        return baked.eval()
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the blocks compute in: the weights'."""
         return self.proj_out.weight.dtype
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """The tensors that `prepare` takes."""
+        mel = TensorSpec(("rows", "frames", self.config.channels), torch.float32)
+        specs = {"prompt": mel, "lengths": TensorSpec(("rows",), torch.int64, pad=1)}
+        if self.text_embed is not None:
+            return specs | {"text": TensorSpec(("rows", "frames"), torch.int64, pad=-1)}
+        return specs | {"mu": mel, "spks": TensorSpec(("rows", mel.dims[2]), torch.float32)}
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """What `prepare` returns; "chunk" is there for streaming only."""
+        counts = TensorSpec(("rows",), torch.int64, pad=1)
+        return {
+            "lengths": counts,
+            "key_lengths": counts,
+            "chunk": counts,
+            "conditions": TensorSpec(("rows", "frames", self.config.dim), None),
+            "rope": TensorSpec(("frames", self.config.head_dim), torch.float32),
+        }
 
     def prepare(
         self,
@@ -334,36 +365,82 @@ class DiT(nn.Module):
             `(R, N, C)` in the model's dtype, R = `cond.rows`; zero beyond each row's length.
         """
         rows = x.shape[0]
+        checks.shape("t", t, rows)
+        checks.shape("r", r, rows)
+        e = F.silu(self.embed_time(t, r)).to(self.dtype)
+        if cond.rows == 2 * rows:
+            e = e.repeat(2, 1)
+        blocks: Any = self.transformer_blocks
+        modulations = [block.attn_norm(e) for block in blocks]
+        return self.evaluate(x, Modulation(modulations, self.norm_out(e)), cond)
+
+    def evaluate(self, x: Tensor, modulation: Modulation, cond: Conditioning) -> Tensor:
+        """`forward` with all that depends on `t, r` given: one step of `tables`, or live.
+
+        `modulation` has one row for all, or `cond.rows`.
+        """
+        rows = x.shape[0]
         if cond.rows not in (rows, 2 * rows):
             raise ValueError(f"x: expected {cond.rows} rows, or half of it when guided, got {rows}")
         checks.shape("x", x, rows, cond["rope"].shape[0], self.config.channels)
-        checks.shape("t", t, rows)
-        checks.shape("r", r, rows)
         frames, branches = x.shape[1], cond.rows // max(rows, 1)
 
         inside = masks.inside(cond["lengths"], frames)
         mask = attention_mask(cond["key_lengths"], cond.get("chunk"), frames)
-        e = self.embed_time(t, r).repeat(branches, 1)
         # filled, not multiplied: what lies beyond a row's length may be anything, NaN included
         x = x.to(self.dtype).masked_fill(~inside[:rows, :, None], 0.0)
         h = self.input_embed.state(x).repeat(branches, 1, 1) + cond["conditions"]
         h = h + self.input_embed.conv_pos_embed(h, inside)
 
         skip = h
-        for block in self.transformer_blocks:
-            h = block(h, e, cond["rope"], mask)
+        for block, step in zip(self.transformer_blocks, modulation.blocks, strict=True):
+            h = block(h, step, cond["rope"], mask)
         if self.long_skip_connection is not None:
             h = self.long_skip_connection(torch.cat([h, skip], dim=-1))
-        scale, shift = self.norm_out(e)
+        scale, shift = _per_row(modulation.final, h.shape[0])
         v = self.proj_out(modulated_layer_norm(h, shift, scale))
         return v.masked_fill(~inside[:, :, None], 0.0)
 
     def embed_time(self, t: Tensor, r: Tensor) -> Tensor:
-        """What every adaLN reads: SiLU of the (mixed) time embedding, `(B, dim)`, model dtype."""
+        """The (mixed) time embedding, float32 `(B, dim)`."""
+        if self.time_embed is None:
+            raise RuntimeError("a baked model holds no time embedding: evaluate it from its tables")
         e = self.time_embed(t)
         if self.time_embed_mixer is not None:
             e = self.time_embed_mixer(e, self.time_embed(r))
-        return F.silu(e).to(self.dtype)
+        return e
+
+    @torch.no_grad()
+    def tables(self, t: Tensor, r: Tensor) -> StepTables:
+        """The step tables of NFE intervals: one product over every adaLN weight.
+
+        Args:
+            t, r: Float32 `(NFE,)`, the same times for all rows, or `(NFE, R)`. A guided evaluation
+                has 2B rows.
+        """
+        checks.shape("r", r, *t.shape)
+        steps, rows, dim = t.shape[0], t[0].numel(), self.config.dim
+        with torch.autocast(t.device.type, enabled=False):
+            e = F.silu(self.embed_time(t.reshape(-1), r.reshape(-1)))
+            table = linear_float32(e, *self.fuse_adaln()).view(steps, rows, -1, dim)
+        blocks, final = table.split([6 * self.config.depth, 2], dim=2)
+        return StepTables(blocks.unflatten(2, (-1, 6)), final)
+
+    def fuse_adaln(self) -> tuple[Tensor, Tensor]:
+        """Weights and biases of all adaLN layers, blocks first, each as one tensor.
+
+        The layers' parameters become (and stay) views of it.
+        """
+        linears = self._adaln_linears()
+        weight, bias = self._fused_adaln
+        self._fused_adaln = whole = (
+            fuse([linear.get_parameter("weight") for linear in linears], weight),
+            fuse([linear.get_parameter("bias") for linear in linears], bias),
+        )
+        return whole
+
+    def _adaln_linears(self) -> list[nn.Linear]:
+        return [module.linear for module in self.modules() if isinstance(module, AdaLN)]
 
 
 _ROOT = "time_embed.time_mlp.2.weight"
