@@ -5,6 +5,10 @@ them is missing or the build fails, the package is installed as pure Python and 
 
     IMF_KERNELS_NO_EXT=1    pure Python, whatever is there
     IMF_KERNELS_EXT=1       an extension that cannot be built is an error
+    IMF_KERNELS_CUDA=1      so is one without CUDA; =0 leaves CUDA out
+
+CUDA is built in where torch is a CUDA build and its toolkit's nvcc is found (CUDACXX, CUDA_HOME,
+PATH, /usr/local/cuda); a GPU is not needed. CMAKE_ARGS is passed on.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -34,16 +39,21 @@ class CannotBuild(SetupError):
 
 
 class CMakeBuild(build_ext):
+    no_cuda = ""
+    """Why the extension is without CUDA, or nothing."""
+
     def run(self) -> None:
-        no_ext, must_build = _is_set("IMF_KERNELS_NO_EXT"), _is_set("IMF_KERNELS_EXT")
+        no_ext = _is_set("IMF_KERNELS_NO_EXT")
+        must_build = _is_set("IMF_KERNELS_EXT") or _is_set("IMF_KERNELS_CUDA")
         if no_ext and must_build:
-            raise SetupError("IMF_KERNELS_NO_EXT and IMF_KERNELS_EXT are both set")
+            raise SetupError("IMF_KERNELS_NO_EXT is set, and IMF_KERNELS_EXT or IMF_KERNELS_CUDA")
         inplace = self.inplace
         try:
             if no_ext:
                 raise CannotBuild("IMF_KERNELS_NO_EXT is set")
             super().run()
-            print("imf_kernels: C++ extension built", flush=True)
+            cuda = "host only" if self.no_cuda else "with CUDA"
+            print(f"imf_kernels: C++ extension built, {cuda}", flush=True)
         except CannotBuild as reason:
             if must_build:
                 raise
@@ -57,6 +67,12 @@ class CMakeBuild(build_ext):
         if not any(shutil.which(name, path=PATH) for name in _compilers()):
             raise CannotBuild(f"no C++ compiler found (looked for {', '.join(_compilers())})")
 
+        root = Path(torch.origin).parent
+        nvcc, self.no_cuda = _nvcc(root)
+        if self.no_cuda:
+            if _is_set("IMF_KERNELS_CUDA"):
+                raise CannotBuild(f"IMF_KERNELS_CUDA is set, but {self.no_cuda}")
+            print(f"imf_kernels: no CUDA in the extension: {self.no_cuda}", flush=True)
         build = Path(self.build_temp).resolve()
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         _cmake(
@@ -64,7 +80,10 @@ class CMakeBuild(build_ext):
             f"-S{Path(__file__).parent}",
             f"-B{build}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DTORCH_ROOT={Path(torch.origin).parent}",
+            f"-DTORCH_ROOT={root}",
+            f"-DIMF_CUDA={'OFF' if self.no_cuda else 'ON'}",
+            *([] if self.no_cuda else [f"-DCMAKE_CUDA_COMPILER={nvcc}"]),
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={library.parent}",
         )
         _cmake("--build", build, "--parallel")
@@ -80,6 +99,25 @@ class CMakeBuild(build_ext):
 
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
+
+
+def _nvcc(torch: Path) -> tuple[str, str]:
+    """The CUDA compiler that fits the installed torch, or else why there will be no CUDA."""
+    if os.environ.get("IMF_KERNELS_CUDA") == "0":
+        return "", "IMF_KERNELS_CUDA is 0"
+    wanted = re.search(r"^cuda\b.*= '(\d+)", (torch / "version.py").read_text(), re.MULTILINE)
+    if wanted is None:
+        return "", "torch is not a CUDA build"
+    homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", "")]
+    places = [*(str(Path(home, "bin")) for home in homes if home), PATH, "/usr/local/cuda/bin"]
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc", path=os.pathsep.join(places))
+    if not nvcc:
+        return "", "nvcc not found"
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)", printed)
+    if found is None or found[1] != wanted[1]:
+        return "", f"torch is built for CUDA {wanted[1]}, {nvcc} is of {found and found[1]}"
+    return nvcc, ""
 
 
 def _compilers() -> list[str]:

@@ -31,7 +31,8 @@ checks.choice("IMF_KERNELS_BACKEND", _from_environment, CHOICES)
 _forced: ContextVar[str] = ContextVar("imf_kernels_backend", default=_from_environment)
 
 
-def _current() -> str:
+def forced() -> str:
+    """The choice in this scope, "auto" by default."""
     return _forced.get()
 
 
@@ -44,7 +45,7 @@ def _constant_to_dynamo(function: Any) -> None:
     function._dynamo_marked_constant = True
 
 
-_constant_to_dynamo(_current)
+_constant_to_dynamo(forced)
 
 
 def _load_extension() -> bool:
@@ -64,6 +65,7 @@ def _load_extension() -> bool:
 
 
 HAS_EXTENSION = _load_extension()
+HAS_CUDA_EXTENSION = HAS_EXTENSION and importlib.import_module("imf_kernels._C").CUDA
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -86,11 +88,17 @@ def backend(name: str) -> Iterator[None]:
 def backends() -> dict[str, str | bool]:
     """The forced choice, and which implementations this installation has."""
     return {
-        "forced": _forced.get(),
+        "forced": forced(),
         "triton": HAS_TRITON,
         "triton_interpreted": INTERPRETED,
         "cpp": HAS_EXTENSION,
+        "cpp_cuda": HAS_CUDA_EXTENSION,
     }
+
+
+def has_extension(cuda: bool) -> bool:
+    """Whether the C++ extension is there, for CUDA tensors or for those of the CPU."""
+    return HAS_CUDA_EXTENSION if cuda else HAS_EXTENSION
 
 
 def use_kernel(x: Tensor, *others: Tensor | None, cpp: bool = False) -> bool:
@@ -102,7 +110,7 @@ def use_kernel(x: Tensor, *others: Tensor | None, cpp: bool = False) -> bool:
         RuntimeError: a forced backend that cannot run here, or a dual tensor on a kernel, through
             which forward-mode AD would return a zero tangent without a word.
     """
-    choice = _current()
+    choice = forced()
     if choice == "cpp" and not HAS_EXTENSION:
         raise RuntimeError("backend: 'cpp' needs the C++ extension, which is not built")
     if choice in ("auto", "cpp"):
@@ -149,7 +157,7 @@ def runs_triton(x: Tensor) -> bool:
     """Whether a registered op's kernel for `x` is the Triton one (decided inside the op)."""
     if x.is_cuda:
         return True
-    return INTERPRETED and _forced.get() == "triton"
+    return INTERPRETED and forced() == "triton"
 
 
 def _refuse_dual(*tensors: Tensor | None) -> None:

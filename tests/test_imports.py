@@ -112,5 +112,6 @@ def test_works_without_triton_and_without_the_extension():
         "triton": False,
         "triton_interpreted": False,
         "cpp": False,
+        "cpp_cuda": False,
         "sum": 6.0,
     }
