@@ -15,7 +15,7 @@ py := $(VENV)/bin/python
 installed := $(VENV)/.imf_kernels-installed
 log := $(VENV)/imf_kernels-install.log
 
-.PHONY: help demo test test-gpu lint clean
+.PHONY: help demo test test-build test-gpu lint clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -25,6 +25,9 @@ demo: $(installed) ## The whole method on real audio, on a laptop (options: ARGS
 
 test: $(installed) ## The tests (options: ARGS="-k euler")
 	$(py) -m pytest $(ARGS)
+
+test-build: $(installed) ## The extension against a CUDA build of torch (needs nvcc, no GPU)
+	$(py) -m pytest -m build -rs -s tests/test_build.py $(ARGS)
 
 test-gpu: $(installed) ## Only the tests that need a CUDA device
 	$(py) -m pytest -m gpu $(ARGS)

@@ -7,6 +7,7 @@ CUDA ones would wait for the device. The README has three short examples.
 
 from imf_kernels import (
     distill,
+    graphs,
     grids,
     guidance,
     models,
@@ -20,8 +21,7 @@ from imf_kernels import (
 from imf_kernels.dispatch import backend, backends
 from imf_kernels.objectives import Batch, IntMeanFlow
 from imf_kernels.teacher import Teacher
-
-__version__ = "0.1.0"
+from imf_kernels.version import __version__
 
 __all__ = [
     "Batch",
@@ -31,6 +31,7 @@ __all__ = [
     "backend",
     "backends",
     "distill",
+    "graphs",
     "grids",
     "guidance",
     "models",

@@ -48,11 +48,11 @@ def _constant_to_dynamo(function: Any) -> None:
 _constant_to_dynamo(forced)
 
 
-def _load_extension() -> bool:
+def _load_extension() -> Any:
     if importlib.util.find_spec("imf_kernels._C") is None:
-        return False
+        return None
     try:
-        importlib.import_module("imf_kernels._C")
+        return importlib.import_module("imf_kernels._C")
     except ImportError as error:  # built against another torch
         warnings.warn(
             f"imf_kernels runs without its C++ extension, which does not load: {error}. "
@@ -60,12 +60,13 @@ def _load_extension() -> bool:
             RuntimeWarning,
             stacklevel=2,
         )
-        return False
-    return True
+        return None
 
 
-HAS_EXTENSION = _load_extension()
-HAS_CUDA_EXTENSION = HAS_EXTENSION and importlib.import_module("imf_kernels._C").CUDA
+EXTENSION: Any = _load_extension()
+"""The module imf_kernels._C, or None."""
+HAS_EXTENSION = EXTENSION is not None
+HAS_CUDA_EXTENSION = HAS_EXTENSION and EXTENSION.CUDA
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 

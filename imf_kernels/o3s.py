@@ -20,6 +20,7 @@ from torch import Tensor
 
 from imf_kernels import checks, grids
 from imf_kernels.files import replacing
+from imf_kernels.graphs import GraphSampler
 from imf_kernels.sampler import sample
 from imf_kernels.solver import VelocityModel
 
@@ -288,12 +289,18 @@ def _ascending(higher_is_better: bool) -> Callable[[float], float]:
 
 
 def on_samples(
-    model: VelocityModel,
+    model: VelocityModel | GraphSampler,
     noise: Tensor,
     cond: Any,
     metric: Callable[[Tensor], float],
     *,
     guidance: Tensor | float | None = None,
 ) -> Metric:
-    """A metric of grids from a metric of samples `(B, N, C)`: the same noise for every grid."""
+    """A metric of grids from a metric of samples `(B, N, C)`: the same noise for every grid.
+
+    With a `GraphSampler` all grids are replays of one graph.
+    """
+    if isinstance(model, GraphSampler):
+        solve = model.sample
+        return lambda grid: metric(solve(noise, cond, grid, guidance=guidance))
     return lambda grid: metric(sample(model, noise, cond, grid, guidance=guidance))

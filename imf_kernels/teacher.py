@@ -28,6 +28,14 @@ class Rollout(NamedTuple):
     displacements: Tensor | None
 
 
+class Steps(NamedTuple):
+    """Sub-steps of each row: times and elapsed time `(n + 1, B)`, lengths `dt` `(n, B)`."""
+
+    times: Tensor
+    elapsed: Tensor
+    dt: Tensor
+
+
 class Teacher:
     """A frozen velocity model with its guidance.
 
@@ -95,6 +103,22 @@ class Teacher:
             ValueError, TypeError: naming the argument, the expected and the given value; values are
             read on CPU tensors only.
         """
+        steps = self._steps(z, t, r, nfe, spacing)
+        run = solve(self.model, z, steps.times, steps.dt, cond, self.guidance, keep=keep)
+        assert run.displacement is not None
+        return Rollout(
+            run.displacement, run.x, steps.times, steps.elapsed, run.states, run.displacements
+        )
+
+    def _steps(
+        self,
+        z: Tensor,
+        t: Tensor,
+        r: Tensor,
+        nfe: int,
+        spacing: str | Tensor | Sequence[float],
+    ) -> Steps:
+        """Check `integrate`'s arguments and lay out its sub-steps."""
         checks.state("z", z)
         rows = z.shape[0]
         checks.interval(t, r, rows)
@@ -104,11 +128,7 @@ class Teacher:
         checks.guidance(self.guidance, z)
         fractions = _fractions(spacing, nfe, rows).to(z.device, t.dtype, non_blocking=z.is_cuda)
         elapsed = (r - t) * fractions
-        times = torch.minimum(t + elapsed, r)
-        dt = (r - t) * fractions.diff(dim=0)
-        run = solve(self.model, z, times, dt, cond, self.guidance, keep=keep)
-        assert run.displacement is not None
-        return Rollout(run.displacement, run.x, times, elapsed, run.states, run.displacements)
+        return Steps(torch.minimum(t + elapsed, r), elapsed, (r - t) * fractions.diff(dim=0))
 
 
 def _fractions(spacing: str | Tensor | Sequence[float], nfe: int, rows: int) -> Tensor:

@@ -16,6 +16,7 @@ FLOORS = {
     "dispatch": 0,
     "files": 0,
     "masks": 0,
+    "version": 0,
     "ops": 1,
     "models": 2,
     "guidance": 2,
@@ -25,12 +26,13 @@ FLOORS = {
     "sampler": 3,
     "objectives": 3,
     "distill": 4,
+    "graphs": 4,
     "o3s": 4,
 }
 ALWAYS_ALLOWED = {"torch", "imf_kernels", *sys.stdlib_module_names}
 ALLOWED = {"ops": {"triton"}}
-LAZY = {"rich", "matplotlib"}
-"""Optional packages: may be imported inside a function only."""
+LAZY = {"rich", "matplotlib", "safetensors"}
+"""May be imported inside a function only."""
 
 
 def modules():

@@ -13,8 +13,9 @@ from torch import Tensor
 class TensorSpec:
     """Declares one tensor of a model's conditioning: dimensions, dtype and padding value.
 
-    "rows" and "frames" are what a static buffer pads, "rows" always first; every other dimension
-    is a number fixed by the model. `dtype` None stands for the model's own, or autocast's under it.
+    "rows" and "frames" are what a static buffer pads, "rows" always first; "tokens" is a length of
+    its own, of which what exceeds the frames is not used; every other dimension is a number fixed
+    by the model. `dtype` None stands for the model's own, or autocast's under it.
     """
 
     dims: tuple[str | int, ...]
@@ -22,7 +23,7 @@ class TensorSpec:
     pad: float = 0.0
 
     def shape(self, rows: int, frames: int) -> tuple[int, ...]:
-        sizes = {"rows": rows, "frames": frames}
+        sizes = {"rows": rows, "frames": frames, "tokens": frames}
         return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
 
 

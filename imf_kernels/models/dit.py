@@ -251,7 +251,7 @@ class DiT(nn.Module):
         mel = TensorSpec(("rows", "frames", self.config.channels), torch.float32)
         specs = {"prompt": mel, "lengths": TensorSpec(("rows",), torch.int64, pad=1)}
         if self.text_embed is not None:
-            return specs | {"text": TensorSpec(("rows", "frames"), torch.int64, pad=-1)}
+            return specs | {"text": TensorSpec(("rows", "tokens"), torch.int64, pad=-1)}
         return specs | {"mu": mel, "spks": TensorSpec(("rows", mel.dims[2]), torch.float32)}
 
     @property
@@ -425,6 +425,11 @@ class DiT(nn.Module):
             table = linear_float32(e, *self.fuse_adaln()).view(steps, rows, -1, dim)
         blocks, final = table.split([6 * self.config.depth, 2], dim=2)
         return StepTables(blocks.unflatten(2, (-1, 6)), final)
+
+    def table_sources(self) -> list[nn.Parameter]:
+        """The parameters that step tables are made of."""
+        timed = (self.time_embed, self.time_embed_mixer, *self._adaln_linears())
+        return [p for module in timed if module is not None for p in module.parameters()]
 
     def fuse_adaln(self) -> tuple[Tensor, Tensor]:
         """Weights and biases of all adaLN layers, blocks first, each as one tensor.

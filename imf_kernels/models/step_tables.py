@@ -51,15 +51,12 @@ def fuse(parameters: Sequence[nn.Parameter], whole: Tensor | None) -> Tensor:
     """
     if whole is not None and _lie_in(whole, parameters):
         return whole
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # they may be trained later
         whole = torch.cat([p.detach() for p in parameters])
-    for parameter, part in zip(parameters, _parts(whole, parameters), strict=True):
-        parameter.data = part
+        parts = whole.split([p.shape[0] for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.data = part
     return whole
-
-
-def _parts(whole: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
-    return whole.split([p.shape[0] for p in parameters])
 
 
 def _lie_in(whole: Tensor, parameters: Sequence[nn.Parameter]) -> bool:

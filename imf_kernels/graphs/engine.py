@@ -1,0 +1,347 @@
+"""What graph samplers and teachers share: static buffers, captured programs, slots, counters."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from imf_kernels import checks, dispatch
+from imf_kernels.graphs import buckets as tiers
+from imf_kernels.graphs import runtime
+from imf_kernels.graphs.buckets import Bucket
+from imf_kernels.models.conditioning import Conditioning, TensorSpec
+from imf_kernels.ops.ragged_copy import Copy
+
+Rows = Tensor | Sequence[Tensor]
+"""A batch `(B, ...)`, or its rows as tensors of their own sizes."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counters since construction.
+
+    Attributes:
+        hits: Requests answered by a replay.
+        fallbacks: Requests that ran eagerly although graphs are in use, by reason.
+        eager: Requests where there is nothing to capture with (no CUDA).
+        captures: Graphs captured.
+        grids: Grids loaded: a replay of the table graph each, or a choice of a baked table.
+        frames: Frames asked for in hits; padded_frames: frames computed beyond them.
+        bytes_held: Device memory of static buffers and graph pools.
+    """
+
+    hits: int
+    fallbacks: Mapping[str, int]
+    eager: int
+    captures: int
+    grids: int
+    frames: int
+    padded_frames: int
+    bytes_held: int
+
+
+class Program(NamedTuple):
+    """One captured function in one bucket: where its inputs go, and where its results lie."""
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    graph: runtime.Graph
+
+
+class Prepared(NamedTuple):
+    """A bucket's static conditioning, and if the model declares `inputs` those of its `prepare`."""
+
+    cond: Conditioning
+    inputs: Mapping[str, Tensor]
+    graph: runtime.Graph | None
+
+
+@dataclass
+class Station:
+    """A slot with its buffers and programs. Whoever uses it holds the lock."""
+
+    slot: runtime.Slot
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    prepared: dict[Bucket, Prepared] = field(default_factory=dict)
+    programs: dict[Any, Program | str] = field(default_factory=dict)
+    """A string says why a capture failed."""
+    loaded: Any = None
+    """Which grid the step tables hold."""
+
+    @property
+    def bytes_held(self) -> int:
+        return self.slot.bytes_held() + sum(buffer.nbytes for buffer in self.buffers.values())
+
+
+class Engine:
+    """Captures and replays a model's solves in buckets; decides what runs eagerly instead.
+
+    Args:
+        model: With `specs` (and for `prepare` inside a graph, `inputs`) as `models.DiT` has them.
+        buckets: `(rows, frames)` each.
+        slots: How many replays may be under way at once.
+        guided: Whether conditionings hold both branches.
+        options: What is given to `prepare` beside its tensors.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        buckets: Iterable[tuple[int, int]],
+        slots: int,
+        guided: bool,
+        options: Mapping[str, Any],
+    ) -> None:
+        if not isinstance(model, nn.Module) or not hasattr(model, "specs"):
+            raise TypeError(
+                "model: expected a module that declares `specs` of its conditioning "
+                f"(imf_kernels.models), got {type(model).__name__}"
+            )
+        self.model: Any = model
+        self.guided, self.options = guided, dict(options)
+        self.buckets = tiers.table(buckets)
+        self.device = next(model.parameters()).device
+        self.max_rows = max(bucket.rows for bucket in self.buckets)
+        self._counts: Counter[str] = Counter()
+        self._fallbacks: Counter[str] = Counter()
+        self._warned: set[str] = set()
+        self._count_lock = threading.Lock()
+        self._turn = itertools.count()
+        self.closed = False
+        self.stations = [
+            Station(slot)
+            for slot in (runtime.slot_on(self.device) for _ in range(slots))
+            if slot is not None
+        ]
+        self._fix_weights()
+
+    def _fix_weights(self) -> None:
+        self.fixed = runtime.Fixed.of(self.model)
+        self.backend = dispatch.forced()
+
+    # -- counters ---------------------------------------------------------------------------------
+
+    def count(self, **counts: int) -> None:
+        with self._count_lock:
+            self._counts.update(counts)
+
+    def fall_back(self, reason: str) -> None:
+        """Count a request that runs eagerly, and say so the first time."""
+        with self._count_lock:
+            self._fallbacks[reason] += 1
+            first = reason not in self._warned
+            self._warned.add(reason)
+        if first:
+            warnings.warn(
+                f"a solve runs eagerly, without its CUDA graph: {reason} "
+                "(said once; stats() counts)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def stats(self) -> Stats:
+        bytes_held = sum(station.bytes_held for station in self.stations)
+        with self._count_lock:
+            names = ("hits", "eager", "captures", "grids", "frames", "padded_frames")
+            counts = {name: self._counts[name] for name in names}
+            return Stats(**counts, fallbacks=dict(self._fallbacks), bytes_held=bytes_held)
+
+    # -- what runs eagerly ------------------------------------------------------------------------
+
+    def why_eager(self, lengths: Sequence[int], cond: Any) -> str | None:
+        """Why a request cannot be a replay; None if it can."""
+        if tiers.choose(self.buckets, lengths) is None:
+            return f"no bucket holds {len(lengths)} rows of up to {max(lengths)} frames"
+        if torch.is_autocast_enabled(self.device.type):
+            return "autocast is on"
+        if dispatch.forced() != self.backend:
+            return f"the backend is {dispatch.forced()!r}, captured was {self.backend!r}"
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "another capture is running on this stream"
+        if cond is not None:
+            names = self.names
+            if not isinstance(cond, Conditioning) or set(cond) != set(names):
+                given = sorted(cond) if isinstance(cond, Mapping) else type(cond).__name__
+                return f"the conditioning holds {given}, captured was {sorted(names)}"
+        return None
+
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Refuse what must never be answered: closed, moved weights, other devices, gradients."""
+        if self.closed:
+            raise RuntimeError("expected open graphs, these are closed")
+        moved = self.fixed.moved()
+        if moved is not None and self.stations:
+            raise RuntimeError(
+                f"model: expected weights where they were at construction, {moved!r} has moved or "
+                "was replaced: captured graphs would read its old storage. Call refresh()."
+            )
+        for name, value in given.items():
+            tensors = [value] if isinstance(value, Tensor) else value or ()
+            for tensor in (tensor for tensor in tensors if isinstance(tensor, Tensor)):
+                checks.same_device(name, tensor, self.device)
+                if tensor.requires_grad and torch.is_grad_enabled():
+                    raise ValueError(
+                        f"{name}: expected a tensor without gradient, of which a graph passes none "
+                        "(use imf_kernels.sampler.sample(..., grad=True))"
+                    )
+
+    # -- slots and programs -----------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def station(self) -> Iterator[Station]:
+        """The next station, in turn."""
+        station = self.stations[next(self._turn) % len(self.stations)]
+        with station.lock:
+            yield station
+
+    def buffer(
+        self, station: Station, name: str, spec: TensorSpec, bucket: Bucket, branches: int = 1
+    ) -> Tensor:
+        """The bucket's view of the static buffer `name`, which serves every bucket."""
+
+        def shape(bucket: Bucket) -> tuple[int, ...]:
+            return spec.shape(branches * bucket.rows, bucket.frames)
+
+        flat = station.buffers.get(name)
+        if flat is None:
+            size = max(math.prod(shape(other)) for other in self.buckets)
+            dtype = spec.dtype or self.model.dtype
+            with torch.inference_mode(False):
+                flat = torch.full((size,), spec.pad, dtype=dtype, device=self.device)
+            station.buffers[name] = flat
+        return flat[: math.prod(shape(bucket))].view(shape(bucket))
+
+    def prepared(self, station: Station, bucket: Bucket) -> Prepared:
+        """The bucket's conditioning, and its `prepare` captured if the model declares `inputs`."""
+        if bucket in station.prepared:
+            return station.prepared[bucket]
+        specs = {name: self.model.specs[name] for name in self.names}
+        cond = Conditioning(
+            {
+                name: self.buffer(station, f"cond.{name}", spec, bucket, branches=1 + self.guided)
+                for name, spec in specs.items()
+            },
+            specs,
+        )
+        inputs: dict[str, Tensor] = {}
+        graph = None
+        if hasattr(self.model, "inputs"):
+            inputs = {
+                name: self.buffer(station, f"input.{name}", spec, bucket)
+                for name, spec in self.model.inputs.items()
+            }
+
+            def prepare() -> None:
+                for name, tensor in self.prepare(inputs).items():
+                    cond[name].copy_(tensor)
+
+            graph = self.capture(station, prepare)
+        station.prepared[bucket] = Prepared(cond, inputs, graph)
+        return station.prepared[bucket]
+
+    def prepare(self, conditions: Mapping[str, Any]) -> Conditioning:
+        with torch.no_grad():
+            return self.model.prepare(**conditions, guided=self.guided, **self.options)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a conditioning holds, with this sampler's options."""
+        if not hasattr(self, "_names"):
+            if hasattr(self.model, "inputs"):
+                dummy = {
+                    name: torch.full(
+                        spec.shape(1, 1), spec.pad, dtype=spec.dtype, device=self.device
+                    )
+                    for name, spec in self.model.inputs.items()
+                }
+                self._names = tuple(self.prepare(dummy))
+            else:
+                self._names = tuple(self.model.specs)
+        return self._names
+
+    def capture(self, station: Station, function: Callable[[], None]) -> runtime.Graph:
+        # what is captured belongs to later callers as well, of whatever mode
+        with torch.inference_mode(False), torch.no_grad():
+            graph = station.slot.capture(function)
+        self.count(captures=1)
+        return graph
+
+    def program(
+        self, station: Station, key: Any, build: Callable[[Station], Program]
+    ) -> Program | str:
+        """The station's program of that key, captured if it is new; or why that has failed."""
+        if key not in station.programs:
+            try:
+                station.programs[key] = build(station)
+            except Exception as error:  # whatever a model or CUDA raises: serving goes on eagerly
+                station.programs[key] = f"its capture failed: {type(error).__name__}: {error}"
+        return station.programs[key]
+
+    def refresh(self) -> None:
+        """Forget derived copies; where weights have moved, the graphs as well."""
+        with contextlib.ExitStack() as stack:
+            for station in self.stations:
+                stack.enter_context(station.lock)
+                station.loaded = None
+            if self.fixed.moved() is not None:
+                self._drop_graphs()
+            self._fix_weights()
+
+    def close(self) -> None:
+        """Give up graphs and buffers. Waits for what is running; later calls are refused."""
+        with contextlib.ExitStack() as stack:
+            for station in self.stations:
+                stack.enter_context(station.lock)
+            self.closed = True
+            self._drop_graphs()
+
+    def _drop_graphs(self) -> None:
+        for station in self.stations:
+            station.programs.clear()
+            station.prepared.clear()
+            station.slot.close()
+            station.buffers.clear()
+
+
+# -- requests -------------------------------------------------------------------------------------
+
+
+def copies_into(static: Tensor, rows: Rows | float, pad: float = 0.0) -> list[Copy]:
+    """Copies of a batch, of rows of their own sizes, or of one number for all, into a buffer."""
+    if isinstance(rows, Tensor):
+        return [Copy(static, rows.to(static.dtype), pad)]
+    if isinstance(rows, int | float):
+        return [Copy(static, None, rows)]
+    copies = [
+        Copy(static[i], row.to(static.dtype), pad)
+        if isinstance(row, Tensor)
+        else Copy(static[i : i + 1], None, row)
+        for i, row in enumerate(rows)
+    ]
+    if len(rows) < len(static):
+        copies.append(Copy(static[len(rows) :], None, pad))
+    return copies
+
+
+def conditioning_copies(static: Conditioning, cond: Conditioning, guided: bool) -> list[Copy]:
+    """Copies of a prepared conditioning, each branch to its place."""
+    copies = []
+    for name, tensor in cond.items():
+        into, pad = static[name], static.specs[name].pad
+        if guided and static.specs[name].dims[0] == "rows":
+            branches = zip(into.chunk(2), tensor.chunk(2), strict=True)
+            copies += [copy for pair in branches for copy in copies_into(*pair, pad)]
+        else:
+            copies += copies_into(into, tensor, pad)
+    return copies
