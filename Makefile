@@ -14,8 +14,9 @@ ARGS ?=
 py := $(VENV)/bin/python
 installed := $(VENV)/.imf_kernels-installed
 log := $(VENV)/imf_kernels-install.log
+results = benchmarks/results/$(shell $(py) -c "import torch; print(torch.cuda.get_device_name().replace(' ', '_'))")
 
-.PHONY: help demo test test-build test-gpu lint clean
+.PHONY: help demo test test-build test-gpu bench-gpu lint clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -32,6 +33,11 @@ test-build: $(installed) ## The extension against a CUDA build of torch (needs n
 test-gpu: $(installed) ## Only the tests that need a CUDA device
 	$(py) -m pytest -m gpu $(ARGS)
 
+bench-gpu: $(installed) ## Whole-solver graphs on a CUDA device, into benchmarks/results/ (10 minutes)
+	$(py) -m benchmarks.solver_graphs --columns eager ours --out $(results)/solver_graphs.json $(ARGS)
+	$(py) -m benchmarks.solver_graphs --seconds 1 10 --prompt 3.3 --batch 1 --nfe 3 \
+		--out $(results)/solver_graphs_compiled.json $(ARGS)
+
 lint: $(installed) ## Style, formatting and types
 	$(py) -m ruff check
 	$(py) -m ruff format --check
@@ -39,7 +45,7 @@ lint: $(installed) ## Style, formatting and types
 
 clean: ## Remove what was built; the environment stays
 	rm -rf build dist *.egg-info imf_kernels/_C.*.so .pytest_cache .mypy_cache .ruff_cache $(installed)
-	find imf_kernels tests examples -name __pycache__ -prune -exec rm -rf {} +
+	find imf_kernels tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Torch and the build tools come first: the extension is built against the torch that will run it,
 # hence without build isolation.

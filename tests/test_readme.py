@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from benchmarks import buckets
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -15,3 +17,10 @@ def test_readme_code_runs(tmp_path, monkeypatch):
         exec(compile(block, str(README), "exec"), names)
     assert (tmp_path / "o3s.json").exists()
     assert names["mel"].shape == (8, 120, 80)
+
+
+def test_table_of_padding_is_what_the_script_says():
+    assert buckets.table() in README.read_text()
+    for guided, claim in ((False, "72 MiB"), (True, "122 MiB guided")):
+        assert f"{buckets.static_bytes(8, 3200, guided) / 2**20:.0f} MiB" in claim
+        assert claim in README.read_text()

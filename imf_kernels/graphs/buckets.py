@@ -44,31 +44,41 @@ class PackedBucket(NamedTuple):
 
 AnyBucket = TypeVar("AnyBucket", Bucket, PackedBucket)
 
-# Steps of a quarter to a half octave: at batch 1 a request pays for at most 1.5x its frames.
-_FRAMES = (96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 3072)
+# Alone, a request of 64 frames or more computes at most 1.5 times its frames.
+_ALONE = (96, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 2560, 3200)
+_TOGETHER = (128, 256, 512, 768, 1024, 1280, 1536, 2048, 3200)
 
 DEFAULT: tuple[Bucket, ...] = (
-    *(Bucket(1, frames) for frames in _FRAMES),
-    *(Bucket(2, frames) for frames in (128, 256, 512, 1024, 2048)),
-    *(Bucket(4, frames) for frames in (128, 256, 512, 1024, 2048)),
-    *(Bucket(8, frames) for frames in (128, 256, 512, 1024, 1536, 2048)),
+    *(Bucket(1, frames) for frames in _ALONE),
+    *(Bucket(rows, frames) for rows in (2, 4, 8) for frames in _TOGETHER),
 )
-"""Padded rows of up to 33 s (F5-TTS, 93.75 frames a second) or 61 s (CosyVoice, 50)."""
+"""Padded rows of up to 34 s (F5-TTS, 93.75 frames a second) or 64 s (CosyVoice, 50)."""
 
 PACKED: tuple[PackedBucket, ...] = tuple(
-    PackedBucket(rows, frames, longest=min(frames, 3072))
+    PackedBucket(rows, frames, longest=min(frames, 3200))
     for rows, frames in (
+        (1, 96),
         (1, 128),
         (1, 256),
+        (2, 384),
         (2, 512),
-        (4, 1024),
+        (2, 768),
+        (2, 1024),
+        (4, 1280),
+        (4, 1536),
         (4, 2048),
+        (4, 2560),
+        (8, 3200),
         (8, 4096),
-        (16, 8192),
+        (8, 5120),
+        (8, 6144),
+        (8, 8192),
+        (16, 12288),
         (32, 16384),
+        (32, 32768),
     )
 )
-"""The same for rows packed behind one another."""
+"""The same for rows packed behind one another, for models that evaluate such."""
 
 
 def table(buckets: Iterable[tuple[int, int]]) -> tuple[Bucket, ...]:

@@ -167,8 +167,6 @@ class Engine:
             return "autocast is on"
         if dispatch.forced() != self.backend:
             return f"the backend is {dispatch.forced()!r}, captured was {self.backend!r}"
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return "another capture is running on this stream"
         if cond is not None:
             names = self.names
             if not isinstance(cond, Conditioning) or set(cond) != set(names):
@@ -180,6 +178,8 @@ class Engine:
         """Refuse what must never be answered: closed, moved weights, other devices, gradients."""
         if self.closed:
             raise RuntimeError("expected open graphs, these are closed")
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("expected no capture under way, the current stream is capturing")
         moved = self.fixed.moved()
         if moved is not None and self.stations:
             raise RuntimeError(

@@ -42,15 +42,15 @@ class GraphSampler:
     Where there is no CUDA everything runs eagerly, unpadded, with the same signatures.
 
     Runs eagerly, counted and warned of once: a request that no bucket holds, a conditioning of
-    other tensors than captured, autocast, another backend than at construction, another capture
-    under way on the stream, a bucket whose capture failed. Refused: tensors of another device or
-    with gradients, weights that were moved or replaced, weights behind the tables that are known to
-    have changed (`refresh`), everything after `close`.
+    other tensors than captured, autocast, another backend than at construction, a bucket whose
+    capture failed. Refused: tensors of another device or with gradients, a stream that is itself
+    capturing, weights that were moved or replaced, weights behind the tables that are known to have
+    changed (`refresh`), everything after `close`.
 
     Args:
         model: A module with `specs` (`models.DiT`) in eval mode, or `models.Baked`.
         nfe: Evaluations per solve; a baked model knows its own.
-        buckets: `(rows, frames)` each; `DEFAULT` is 28 of up to 8 rows and 3072 frames.
+        buckets: `(rows, frames)` each; `DEFAULT` is 42 of up to 8 rows and 3200 frames.
         guidance: w for a guided solve, whose conditionings hold both branches; None for a student.
             A request may bring another w.
         slots: How many solves may be under way at once, each with buffers and a stream of its own.

@@ -59,9 +59,9 @@ def test_waste_counts_padding_and_misses():
 
 
 def test_default_tables():
-    assert len(DEFAULT) == len(set(DEFAULT)) == 28
-    for frames in range(1, 3073):
+    assert len(DEFAULT) == len(set(DEFAULT)) == 42
+    for frames in range(1, 3201):
         bucket = choose(DEFAULT, [frames])
         assert bucket is not None
-        assert frames <= 96 or bucket.size <= 1.5 * frames
+        assert frames < 64 or bucket.size <= 1.5 * frames
         assert choose(PACKED, [frames]) is not None
