@@ -81,6 +81,10 @@ def forms() -> Iterator[tuple[str, Callable[..., object], tuple[Any, ...]]]:
         yield label, norm_backward, (x, x, shift, scale, 1e-6)
         yield label, gated_forward, (x, x, scale)
         yield label, gated_backward, (x, x, scale)
+        # a step table's row for all rows: float32, without a row stride
+        shift, scale = torch.empty(1, 6, dim).expand(2, -1, -1).unbind(1)[:2]
+        yield f"{label} table", norm_forward, (x, shift, scale, 1e-6)
+        yield f"{label} table", gated_forward, (x, x, scale)
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -7,6 +7,7 @@ wheel, fetched and unpacked once into `build/torch-cuda` (530 MB; nothing of it 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+import triton
 
 ROOT = Path(__file__).parents[1]
 WHEEL = "torch==2.12.1"
@@ -98,6 +100,15 @@ def unresolved(extension: Path, torch_root: Path, cuda: Path) -> set[str]:
         name for name in symbols(extension, "--undefined-only") if name.startswith(("Py", "_Py"))
     }
     return symbols(extension, "--undefined-only") - defined - python
+
+
+def resources(extension: Path) -> list[dict[str, int]]:
+    """Registers, stack and the like of every CUDA kernel for every architecture."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [tool, "--dump-resource-usage", extension]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"REG:.*", printed)
+    return [{k: int(v) for k, v in re.findall(r"([A-Z]+)(?:\[0\])?:(\d+)", line)} for line in lines]
 
 
 def _system(name: str) -> list[Path]:

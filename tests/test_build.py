@@ -25,6 +25,9 @@ def test_compiles_and_links_against_a_cuda_build_of_torch(tmp_path, record_prope
     extension = cuda_build.build(torch_root, cuda, tmp_path)
     print(f"built in {time.perf_counter() - start:.0f} s against {torch_root}")
     assert not cuda_build.unresolved(extension, torch_root, cuda)
+    kernels = cuda_build.resources(extension)
+    assert len(kernels) == 4, "two capacities, sm_80 and sm_90"
+    assert all(kernel["STACK"] == kernel["LOCAL"] == 0 for kernel in kernels), kernels
     needed = cuda_build.symbols(extension, "--undefined-only")
     assert any("CUDAGraph" in name for name in needed), "the graph runtime is in it"
     assert any("cudaLaunchKernel" in name for name in needed), "so is the ragged copy"

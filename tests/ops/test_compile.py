@@ -33,7 +33,7 @@ def records():
 
 def test_every_op_is_compiled_for_both_architectures(records):
     files = {path.stem for path in (Path(dispatch.__file__).parent / "ops").glob("[a-z]*.py")}
-    assert files == OPS
+    assert files == OPS | {"ragged_copy"}, "its kernel is CUDA C++: tests/test_build.py"
     assert {(r["op"], r["architecture"]) for r in records} == {
         (op, architecture) for op in OPS for architecture in ("sm_80", "sm_90")
     }
