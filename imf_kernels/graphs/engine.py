@@ -50,6 +50,13 @@ class Stats:
     bytes_held: int
 
 
+class Fallback(NamedTuple):
+    """Why a request runs eagerly: what is counted, and what a warning adds."""
+
+    reason: str
+    detail: str
+
+
 class Program(NamedTuple):
     """One captured function in one bucket: where its inputs go, and where its results lie."""
 
@@ -74,8 +81,7 @@ class Station:
     lock: threading.Lock = field(default_factory=threading.Lock)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     prepared: dict[Bucket, Prepared] = field(default_factory=dict)
-    programs: dict[Any, Program | str] = field(default_factory=dict)
-    """A string says why a capture failed."""
+    programs: dict[Any, Program | Fallback] = field(default_factory=dict)
     loaded: Any = None
     """Which grid the step tables hold."""
 
@@ -136,16 +142,17 @@ class Engine:
         with self._count_lock:
             self._counts.update(counts)
 
-    def fall_back(self, reason: str) -> None:
+    def fall_back(self, why: Fallback) -> None:
         """Count a request that runs eagerly, and say so the first time."""
+        reason, detail = why
         with self._count_lock:
             self._fallbacks[reason] += 1
             first = reason not in self._warned
             self._warned.add(reason)
         if first:
             warnings.warn(
-                f"a solve runs eagerly, without its CUDA graph: {reason} "
-                "(said once; stats() counts)",
+                f"a solve runs eagerly, without its CUDA graph: {reason}, {detail} "
+                "(said once a reason; stats() counts)",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -159,25 +166,26 @@ class Engine:
 
     # -- what runs eagerly ------------------------------------------------------------------------
 
-    def why_eager(self, lengths: Sequence[int], cond: Any) -> str | None:
+    def why_eager(self, lengths: Sequence[int], cond: Any) -> Fallback | None:
         """Why a request cannot be a replay; None if it can."""
         if tiers.choose(self.buckets, lengths) is None:
-            return f"no bucket holds {len(lengths)} rows of up to {max(lengths)} frames"
+            return Fallback("no bucket", f"for {len(lengths)} rows of up to {max(lengths)} frames")
         if torch.is_autocast_enabled(self.device.type):
-            return "autocast is on"
+            return Fallback("autocast", "without which graphs are captured, is on")
         if dispatch.forced() != self.backend:
-            return f"the backend is {dispatch.forced()!r}, captured was {self.backend!r}"
-        if cond is not None:
-            names = self.names
-            if not isinstance(cond, Conditioning) or set(cond) != set(names):
-                given = sorted(cond) if isinstance(cond, Mapping) else type(cond).__name__
-                return f"the conditioning holds {given}, captured was {sorted(names)}"
+            return Fallback(
+                "backend", f"{dispatch.forced()!r} instead of {self.backend!r}, as captured"
+            )
+        if cond is not None and (
+            not isinstance(cond, Conditioning) or set(cond) != set(self.names)
+        ):
+            given = sorted(cond) if isinstance(cond, Mapping) else type(cond).__name__
+            return Fallback("conditioning", f"of {given} instead of {sorted(self.names)}")
         return None
 
     def check(self, given: Mapping[str, Any]) -> None:
         """Refuse what must never be answered: closed, moved weights, other devices, gradients."""
-        if self.closed:
-            raise RuntimeError("expected open graphs, these are closed")
+        self._check_open()
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("expected no capture under way, the current stream is capturing")
         moved = self.fixed.moved()
@@ -196,6 +204,10 @@ class Engine:
                         "(use imf_kernels.sampler.sample(..., grad=True))"
                     )
 
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RuntimeError("expected open graphs, these are closed")
+
     # -- slots and programs -----------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -203,6 +215,7 @@ class Engine:
         """The next station, in turn."""
         station = self.stations[next(self._turn) % len(self.stations)]
         with station.lock:
+            self._check_open()
             yield station
 
     def buffer(
@@ -271,21 +284,28 @@ class Engine:
         return self._names
 
     def capture(self, station: Station, function: Callable[[], None]) -> runtime.Graph:
-        # what is captured belongs to later callers as well, of whatever mode
-        with torch.inference_mode(False), torch.no_grad():
+        # what is captured serves later callers as well, whatever mode this one is in
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(self.device.type, enabled=False),
+            dispatch.backend(self.backend),
+        ):
             graph = station.slot.capture(function)
         self.count(captures=1)
         return graph
 
     def program(
         self, station: Station, key: Any, build: Callable[[Station], Program]
-    ) -> Program | str:
+    ) -> Program | Fallback:
         """The station's program of that key, captured if it is new; or why that has failed."""
         if key not in station.programs:
             try:
                 station.programs[key] = build(station)
             except Exception as error:  # whatever a model or CUDA raises: serving goes on eagerly
-                station.programs[key] = f"its capture failed: {type(error).__name__}: {error}"
+                station.programs[key] = Fallback(
+                    "capture failed", f"{type(error).__name__}: {error}"
+                )
         return station.programs[key]
 
     def refresh(self) -> None:

@@ -14,6 +14,7 @@ from imf_kernels.graphs import buckets as tiers
 from imf_kernels.graphs.buckets import DEFAULT, Bucket
 from imf_kernels.graphs.engine import (
     Engine,
+    Fallback,
     Program,
     Rows,
     Station,
@@ -162,7 +163,7 @@ class GraphSampler:
         reason = self._engine.why_eager(lengths, cond)
         if reason is None:
             result = self._replay(noise, lengths, cond, times, conditions, guidance)
-            if not isinstance(result, str):
+            if not isinstance(result, Fallback):
                 return result
             reason = result
         self._engine.fall_back(reason)
@@ -307,7 +308,7 @@ class GraphSampler:
         assert bucket is not None
         with engine.station() as station:
             program = self._program(station, bucket)
-            if isinstance(program, str):
+            if isinstance(program, Fallback):
                 return program
             ins, graphs, loaded = self._load(station, times)
             prepared = engine.prepared(station, bucket)
@@ -337,7 +338,7 @@ class GraphSampler:
         engine.count(hits=1, frames=frames, padded_frames=bucket.size - frames)
         return result
 
-    def _program(self, station: Station, bucket: Bucket) -> Program | str:
+    def _program(self, station: Station, bucket: Bucket) -> Program | Fallback:
         return self._engine.program(station, bucket, lambda on: self._build(on, bucket))
 
     def _build(self, station: Station, bucket: Bucket) -> Program:

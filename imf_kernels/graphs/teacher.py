@@ -13,6 +13,7 @@ from imf_kernels.graphs import buckets as tiers
 from imf_kernels.graphs.buckets import DEFAULT, Bucket
 from imf_kernels.graphs.engine import (
     Engine,
+    Fallback,
     Program,
     Station,
     Stats,
@@ -71,11 +72,12 @@ class GraphTeacher(Teacher):
         engine = self._engine
         engine.check({"z": z, **(cond if isinstance(cond, Mapping) else {})})
         lengths = [z.shape[1]] * z.shape[0]
-        reason = "z is not float32" if z.dtype != torch.float32 else None
         if not engine.stations:
             engine.count(eager=1)
             return super().integrate(z, t, r, nfe, cond, spacing=spacing, keep=keep)
-        reason = reason or engine.why_eager(lengths, cond)
+        reason = engine.why_eager(lengths, cond)
+        if z.dtype != torch.float32:
+            reason = Fallback("dtype", f"{z.dtype} instead of torch.float32")
         if reason is None:
             bucket = tiers.choose(engine.buckets, lengths)
             assert bucket is not None

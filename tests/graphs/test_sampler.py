@@ -231,8 +231,7 @@ def fallbacks(sampler, call, reason):
         warnings.simplefilter("error")
         second = call()
     assert torch.equal(first, second)
-    (counted,) = sampler.stats().fallbacks.values()
-    assert counted == 2
+    assert sampler.stats().fallbacks == {reason.split(",")[0]: 2}
     assert sampler.stats().hits == 0
     return first
 
@@ -241,7 +240,7 @@ def test_what_no_bucket_holds_runs_eagerly(taped):
     model = student("f5_v0")
     sampler = GraphSampler(model, 2, BUCKETS)
     cond, x = model.prepare(**conditions(model, [49])), noise(1, 49)
-    got = fallbacks(sampler, lambda: sampler.sample(x, cond), "no bucket holds 1 rows")
+    got = fallbacks(sampler, lambda: sampler.sample(x, cond), "no bucket, for 1 rows of up to 49")
     assert relative_rms(got, sample(model, x, cond, nfe=2)) <= 1e-5
 
 
@@ -250,7 +249,7 @@ def test_autocast_runs_eagerly(taped):
     sampler = GraphSampler(model, 2, BUCKETS)
     given, x = conditions(model, [40]), noise(1, 40)
     with torch.autocast("cpu", torch.bfloat16):
-        got = fallbacks(sampler, lambda: sampler.sample(x, conditions=given), "autocast")
+        got = fallbacks(sampler, lambda: sampler.sample(x, conditions=given), "autocast, without")
         want = sample(model, x, model.prepare(**given), nfe=2)
     assert relative_rms(got, want) <= 1e-2
 
@@ -260,14 +259,14 @@ def test_another_backend_runs_eagerly(taped):
     sampler = GraphSampler(model, 2, BUCKETS)
     cond, x = model.prepare(**conditions(model, [40])), noise(1, 40)
     with backend("reference"):
-        fallbacks(sampler, lambda: sampler.sample(x, cond), "the backend is 'reference'")
+        fallbacks(sampler, lambda: sampler.sample(x, cond), "backend, 'reference'")
 
 
 def test_another_conditioning_runs_eagerly(taped):
     model = student("f5_v0")
     sampler = GraphSampler(model, 2, BUCKETS)
     cond, x = model.prepare(**conditions(model, [40]), streaming=True), noise(1, 40)
-    got = fallbacks(sampler, lambda: sampler.sample(x, cond), "the conditioning holds")
+    got = fallbacks(sampler, lambda: sampler.sample(x, cond), "conditioning, of")
     assert relative_rms(got, sample(model, x, cond, nfe=2)) <= 1e-5
 
 
@@ -284,7 +283,9 @@ def test_a_failed_capture_leaves_the_rest_alive(taped, monkeypatch):
 
     monkeypatch.setattr(type(model), "evaluate", fails)
     x = noise(1, 40)
-    got = fallbacks(sampler, lambda: sampler.sample(x, large), "RuntimeError: out of luck")
+    got = fallbacks(
+        sampler, lambda: sampler.sample(x, large), "capture failed, RuntimeError: out of luck"
+    )
     assert relative_rms(got, sample(model, x, large, nfe=2)) <= 1e-5
     sampler.sample(noise(1, 20), small)
     assert sampler.stats().hits == 1
