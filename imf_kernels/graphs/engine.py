@@ -20,10 +20,6 @@ from imf_kernels.graphs import buckets as tiers
 from imf_kernels.graphs import runtime
 from imf_kernels.graphs.buckets import Bucket
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
-from imf_kernels.ops.ragged_copy import Copy
-
-Rows = Tensor | Sequence[Tensor]
-"""A batch `(B, ...)`, or its rows as tensors of their own sizes."""
 
 
 @dataclass(frozen=True)
@@ -332,36 +328,3 @@ class Engine:
             station.prepared.clear()
             station.slot.close()
             station.buffers.clear()
-
-
-# -- requests -------------------------------------------------------------------------------------
-
-
-def copies_into(static: Tensor, rows: Rows | float, pad: float = 0.0) -> list[Copy]:
-    """Copies of a batch, of rows of their own sizes, or of one number for all, into a buffer."""
-    if isinstance(rows, Tensor):
-        return [Copy(static, rows.to(static.dtype), pad)]
-    if isinstance(rows, int | float):
-        return [Copy(static, None, rows)]
-    copies = [
-        Copy(static[i], row.to(static.dtype), pad)
-        if isinstance(row, Tensor)
-        else Copy(static[i : i + 1], None, row)
-        for i, row in enumerate(rows)
-    ]
-    if len(rows) < len(static):
-        copies.append(Copy(static[len(rows) :], None, pad))
-    return copies
-
-
-def conditioning_copies(static: Conditioning, cond: Conditioning, guided: bool) -> list[Copy]:
-    """Copies of a prepared conditioning, each branch to its place."""
-    copies = []
-    for name, tensor in cond.items():
-        into, pad = static[name], static.specs[name].pad
-        if guided and static.specs[name].dims[0] == "rows":
-            branches = zip(into.chunk(2), tensor.chunk(2), strict=True)
-            copies += [copy for pair in branches for copy in copies_into(*pair, pad)]
-        else:
-            copies += copies_into(into, tensor, pad)
-    return copies

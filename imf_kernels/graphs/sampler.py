@@ -11,22 +11,15 @@ from torch import Tensor
 
 from imf_kernels import checks, grids
 from imf_kernels.graphs import buckets as tiers
+from imf_kernels.graphs import requests
 from imf_kernels.graphs.buckets import DEFAULT, Bucket
-from imf_kernels.graphs.engine import (
-    Engine,
-    Fallback,
-    Program,
-    Rows,
-    Station,
-    Stats,
-    conditioning_copies,
-    copies_into,
-)
+from imf_kernels.graphs.engine import Engine, Fallback, Program, Station, Stats
+from imf_kernels.graphs.requests import Rows
 from imf_kernels.models.baked import Baked
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
 from imf_kernels.models.dit import DiT
 from imf_kernels.models.step_tables import StepTables
-from imf_kernels.ops.ragged_copy import Copy, ragged_copy
+from imf_kernels.ops.ragged_copy import Copy
 from imf_kernels.solver import euler, model_dtype, row_lengths
 
 Grid = str | Tensor | Sequence[float]
@@ -89,6 +82,8 @@ class GraphSampler:
         checks.positive_int("slots", slots)
         if isinstance(guidance, Tensor):
             raise TypeError("guidance: expected a number or None, got a tensor (sample takes it)")
+        if guidance is not None:
+            requests.check_guidance(guidance, rows=0)
         self.nfe, self.guidance = nfe, guidance
         self._tabled = self.baked is not None or hasattr(model, "tables")
         if self.baked is None and self._tabled:
@@ -212,71 +207,22 @@ class GraphSampler:
     ) -> list[int]:
         """Check a request; returns the frames of its rows' noise."""
         self._check_versions()
-        if isinstance(noise, Tensor):
-            checks.shape("noise", noise, "B", "N", "C")
-            lengths = [noise.shape[1]] * noise.shape[0]
-        else:
-            if conditions is None or not noise:
-                raise ValueError("noise: expected a tensor (B, N, C), or rows with `conditions`")
-            for row in noise:
-                checks.shape("noise", row, "N", noise[0].shape[-1])
-            lengths = [row.shape[0] for row in noise]
-        if not lengths or not max(lengths):
-            raise ValueError("noise: expected at least one row and frame, got none")
-        for row in [noise] if isinstance(noise, Tensor) else noise:
-            checks.dtype("noise", row, torch.float32)
-        given = {"noise": noise, **({} if conditions is None else conditions)}
+        lengths = requests.check_noise(noise, self.model.config.channels)
+        given: dict[str, Any] = {"noise": noise, "guidance": guidance}
         if cond is not None:
-            branches = 1 + self._engine.guided
-            if isinstance(cond, Conditioning) and cond.rows != branches * len(lengths):
-                raise ValueError(
-                    f"cond: expected {branches * len(lengths)} prepared rows, got {cond.rows}"
-                )
+            if not isinstance(noise, Tensor):
+                raise ValueError("noise: expected a tensor with `cond` (rows go with `conditions`)")
+            requests.check_cond(cond, self.model.specs, lengths, self._engine.guided)
             given.update(cond)
+        if conditions is not None:
+            requests.check_conditions(conditions, getattr(self.model, "inputs", None), lengths)
+            given.update(conditions)
         if guidance is not None:
             if self.guidance is None:
                 raise ValueError("guidance: expected None for a sampler without, got one")
-            if isinstance(guidance, Tensor):
-                checks.shape("guidance", guidance, len(lengths))
-                checks.dtype("guidance", guidance, torch.float32)
-                given["guidance"] = guidance
-        if conditions is not None:
-            self._check_conditions(conditions, lengths)
+            requests.check_guidance(guidance, len(lengths))
         self._engine.check(given)
         return lengths
-
-    def _check_conditions(self, conditions: Mapping[str, Any], lengths: list[int]) -> None:
-        specs = getattr(self.model, "inputs", None)
-        if specs is None:
-            raise ValueError("conditions: expected `cond`, the model declares no `inputs`")
-        if set(conditions) | {"lengths"} != set(specs):
-            raise ValueError(
-                f"conditions: expected {sorted(specs)} (lengths may be left out), "
-                f"got {sorted(conditions)}"
-            )
-        for name, value in conditions.items():
-            if value is None and name == "lengths":
-                continue
-            dims = specs[name].dims[1:]
-            free = [dim if isinstance(dim, int) else dim[0].upper() for dim in dims]
-            if isinstance(value, Tensor):
-                checks.shape(name, value, len(lengths), *free)
-                if dims[:1] == ("frames",) and value.shape[1] != max(lengths):
-                    raise ValueError(
-                        f"{name}: expected {max(lengths)} frames as in noise, got {value.shape[1]}"
-                    )
-                continue
-            if len(value) != len(lengths):
-                raise ValueError(f"{name}: expected {len(lengths)} rows, got {len(value)}")
-            for row in value if dims else ():
-                checks.shape(name, row, *free)
-        given = conditions.get("lengths")
-        if isinstance(given, Tensor):
-            checks.lengths("lengths", given, len(lengths), max(lengths))
-        elif given is not None and not all(
-            1 <= g <= n for g, n in zip(given, lengths, strict=True)
-        ):
-            raise ValueError(f"lengths: expected values from 1 to {lengths}, got {given}")
 
     def _watch(self) -> None:
         """Remember the state of the weights behind the tables."""
@@ -313,17 +259,17 @@ class GraphSampler:
             ins, graphs, loaded = self._load(station, times)
             prepared = engine.prepared(station, bucket)
             if cond is not None:
-                ins += conditioning_copies(prepared.cond, cond, engine.guided)
+                ins += requests.of_conditioning(prepared.cond, cond, engine.guided)
             else:
                 assert conditions is not None
-                for name, value in _with_lengths(conditions, noise, lengths).items():
+                for name, value in requests.with_lengths(conditions, lengths).items():
                     pad = self.model.inputs[name].pad
-                    ins += copies_into(prepared.inputs[name], value, pad)
+                    ins += requests.into(prepared.inputs[name], value, pad)
                 assert prepared.graph is not None
                 graphs.append(prepared.graph)
-            ins += copies_into(program.inputs["x"], noise)
+            ins += requests.into(program.inputs["x"], noise)
             if guidance is not None:
-                ins += copies_into(program.inputs["guidance"], guidance)
+                ins += requests.into(program.inputs["guidance"], guidance)
             x = program.outputs["x"]
             if isinstance(noise, Tensor):
                 result: Any = torch.empty_like(noise, memory_format=torch.contiguous_format)
@@ -439,13 +385,13 @@ class GraphSampler:
     ) -> Any:
         """The same solve on the request's own shape."""
         engine, model = self._engine, self.model
-        x = _batch(noise, max(lengths))
+        x = requests.batch(noise, max(lengths))
         if cond is None:
             assert conditions is not None
             given = {}
-            for name, value in _with_lengths(conditions, noise, lengths).items():
+            for name, value in requests.with_lengths(conditions, lengths).items():
                 spec = model.inputs[name]
-                given[name] = _batch(value, max(lengths), spec, engine.device)
+                given[name] = requests.batch(value, max(lengths), spec, engine.device)
             cond = engine.prepare(given)
         t = times.to(x.device, non_blocking=True)[:, None].expand(-1, len(x)).contiguous()
         tables = self._tables_of(times)
@@ -499,29 +445,3 @@ def bake(
         ValueError: no grids, or grids of different NFE.
     """
     return GraphSampler(Baked.of(student, grids, nfe), **options)
-
-
-def _with_lengths(
-    conditions: Mapping[str, Any], noise: Rows, lengths: list[int]
-) -> Mapping[str, Any]:
-    """Conditions with `lengths`: those of the rows' noise if none are given."""
-    if conditions.get("lengths") is not None:
-        return conditions
-    return {**conditions, "lengths": lengths}
-
-
-def _batch(
-    rows: Any, frames: int, spec: TensorSpec | None = None, device: torch.device | None = None
-) -> Tensor:
-    """Rows of their own sizes as one padded batch; a batch as it is."""
-    if isinstance(rows, Tensor):
-        return rows
-    if isinstance(rows[0], int):
-        return torch.tensor(rows, device=device)
-    shape = (
-        (len(rows), frames, rows[0].shape[-1]) if spec is None else spec.shape(len(rows), frames)
-    )
-    dtype, pad = (torch.float32, 0.0) if spec is None else (spec.dtype, spec.pad)
-    batch = torch.empty(shape, dtype=dtype, device=rows[0].device)
-    ragged_copy(copies_into(batch, rows, pad))
-    return batch

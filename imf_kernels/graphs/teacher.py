@@ -10,16 +10,9 @@ from torch import Tensor
 
 from imf_kernels import checks
 from imf_kernels.graphs import buckets as tiers
+from imf_kernels.graphs import requests
 from imf_kernels.graphs.buckets import DEFAULT, Bucket
-from imf_kernels.graphs.engine import (
-    Engine,
-    Fallback,
-    Program,
-    Station,
-    Stats,
-    conditioning_copies,
-    copies_into,
-)
+from imf_kernels.graphs.engine import Engine, Fallback, Program, Station, Stats
 from imf_kernels.models.conditioning import TensorSpec
 from imf_kernels.ops.ragged_copy import Copy
 from imf_kernels.solver import solve
@@ -72,6 +65,7 @@ class GraphTeacher(Teacher):
         engine = self._engine
         engine.check({"z": z, **(cond if isinstance(cond, Mapping) else {})})
         lengths = [z.shape[1]] * z.shape[0]
+        requests.check_cond(cond, self.model.specs, lengths, engine.guided)
         if not engine.stations:
             engine.count(eager=1)
             return super().integrate(z, t, r, nfe, cond, spacing=spacing, keep=keep)
@@ -87,12 +81,12 @@ class GraphTeacher(Teacher):
                 )
                 if isinstance(program, Program):
                     static = engine.prepared(station, bucket).cond
-                    ins = conditioning_copies(static, cond, engine.guided)
-                    ins += copies_into(program.inputs["z"], z)
-                    ins += copies_into(program.inputs["times"], steps.times)
-                    ins += copies_into(program.inputs["dt"], steps.dt)
+                    ins = requests.of_conditioning(static, cond, engine.guided)
+                    ins += requests.into(program.inputs["z"], z)
+                    ins += requests.into(program.inputs["times"], steps.times)
+                    ins += requests.into(program.inputs["dt"], steps.dt)
                     if self.guidance is not None:
-                        ins += copies_into(program.inputs["guidance"], self.guidance)
+                        ins += requests.into(program.inputs["guidance"], self.guidance)
                     results, outs = _results(program.outputs, z)
                     station.slot.replay(ins, [program.graph], outs)
                     frames = sum(lengths)

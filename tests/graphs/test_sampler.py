@@ -439,8 +439,10 @@ def test_threads_do_not_cross(either, slots):
         ({"noise": torch.zeros(2, 30)}, ValueError, "noise: expected shape"),
         ({"noise": torch.zeros(2, 30, 12).double()}, TypeError, "noise: expected"),
         ({"noise": torch.zeros(3, 30, 12)}, ValueError, "cond: expected 3 prepared rows, got 2"),
-        ({"noise": torch.zeros(0, 30, 12)}, ValueError, "noise: expected at least one row"),
-        ({"noise": [torch.zeros(30, 12)]}, ValueError, "rows with `conditions`"),
+        ({"noise": torch.zeros(0, 30, 12)}, ValueError, "noise: expected rows of at least one"),
+        ({"noise": torch.zeros(2, 31, 12)}, ValueError, "cond's conditions: expected shape"),
+        ({"noise": torch.zeros(2, 30, 11)}, ValueError, "noise: expected shape"),
+        ({"noise": [torch.zeros(30, 12)]}, ValueError, "rows go with `conditions`"),
         ({"noise": torch.zeros(2, 30, 12, device="meta")}, ValueError, "noise: expected a tensor"),
         ({"noise": torch.zeros(2, 30, 12).requires_grad_()}, ValueError, "without gradient"),
         ({"grid": "none"}, ValueError, "grid: expected one of"),
@@ -467,10 +469,13 @@ def sampler_call(sampler, arguments):
     [
         ({"text": None}, "conditions: expected"),
         ({"mu": torch.zeros(2, 30, 12)}, "conditions: expected"),
-        ({"prompt": torch.zeros(2, 29, 12)}, "prompt: expected 30 frames"),
+        ({"prompt": torch.zeros(2, 29, 12)}, r"prompt: expected shape \(2, 30, 12\)"),
         ({"prompt": torch.zeros(2, 30, 11)}, "prompt: expected shape"),
         ({"prompt": [torch.zeros(3, 12)]}, "prompt: expected 2 rows"),
+        ({"prompt": torch.zeros(2, 30, 12).long()}, "prompt: expected"),
+        ({"text": torch.zeros(2, 9)}, "text: expected"),
         ({"lengths": [30, 31]}, "lengths: expected values"),
+        ({"lengths": [30]}, "lengths: expected values"),
         ({"lengths": torch.tensor([30, 31])}, "lengths: expected values"),
     ],
 )
@@ -479,7 +484,7 @@ def test_errors_of_conditions(either, change, message):
     sampler = GraphSampler(model, 2, BUCKETS)
     given = {**conditions(model, [30, 20]), **change}
     given = {k: v for k, v in given.items() if v is not None}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         sampler.sample(noise(2, 30), conditions=given)
 
 
@@ -492,6 +497,7 @@ def test_errors_of_conditions(either, change, message):
         ({"slots": 0}, ValueError, "slots"),
         ({"grid": [0.0, 1.0]}, ValueError, "grid"),
         ({"guidance": torch.ones(1)}, TypeError, "guidance"),
+        ({"guidance": float("nan")}, ValueError, "guidance"),
         ({"model": lambda x, t, r, cond: x}, TypeError, "model: expected a module"),
     ],
 )
