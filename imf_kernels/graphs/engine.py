@@ -110,6 +110,11 @@ class Engine:
                 "model: expected a module that declares `specs` of its conditioning "
                 f"(imf_kernels.models), got {type(model).__name__}"
             )
+        if options.get("upstream_padding"):  # it lets the padded size in, here the bucket's
+            raise ValueError(
+                "prepare: expected options under which a batch equals its rows, got "
+                "upstream_padding (prepare outside and give `cond`)"
+            )
         self.model: Any = model
         self.guided, self.options = guided, dict(options)
         self.buckets = tiers.table(buckets)

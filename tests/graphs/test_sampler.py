@@ -88,6 +88,27 @@ def test_replay_equals_the_eager_solve_of_the_same_bucket_bit_for_bit(taped, var
     assert torch.equal(got, want)
 
 
+def test_odd_tensors_of_a_request(either, variant):
+    """Text beyond the frames, strided noise, other dtypes, padding as upstream treats it."""
+    model = student(variant)
+    sampler = GraphSampler(model, 2, [(4, 64)])
+    given = conditions(model, [20, 13])
+    if "text" in given:
+        given["text"] = torch.randint(0, 20, (2, 33))
+    x = torch.randn(2, 12, 20).transpose(1, 2)
+    want = sample(model, x, model.prepare(**given), nfe=2)
+    assert relative_rms(sampler.sample(x, conditions=given), want) <= 1e-5
+    for change in (torch.Tensor.double, torch.Tensor.int):
+        other = {
+            name: change(t) if t.is_floating_point() == (change is torch.Tensor.double) else t
+            for name, t in given.items()
+        }
+        assert relative_rms(sampler.sample(x, conditions=other), want) <= 1e-5
+    cond = model.prepare(**given, upstream_padding=True)
+    want = sample(model, x, cond, nfe=2)
+    assert relative_rms(sampler.sample(x, cond), want) <= 1e-5
+
+
 def test_a_request_sees_nothing_of_the_one_before(taped, variant):
     model = student(variant)
     sampler = GraphSampler(model, 2, [(4, 40)])
@@ -498,6 +519,7 @@ def test_errors_of_conditions(either, change, message):
         ({"grid": [0.0, 1.0]}, ValueError, "grid"),
         ({"guidance": torch.ones(1)}, TypeError, "guidance"),
         ({"guidance": float("nan")}, ValueError, "guidance"),
+        ({"prepare": {"upstream_padding": True}}, ValueError, "prepare"),
         ({"model": lambda x, t, r, cond: x}, TypeError, "model: expected a module"),
     ],
 )
