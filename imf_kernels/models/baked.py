@@ -31,10 +31,12 @@ class Baked:
         model: `DiT` with `config.baked`, in eval mode.
         grids: Float32 `(G, NFE + 1)`, on the CPU.
         tables: `StepTables` with a leading dimension G.
+        nbytes_before: Bytes of the student's weights; `nbytes` are those of this.
     """
 
-    def __init__(self, model: DiT, grids: Tensor, tables: StepTables) -> None:
+    def __init__(self, model: DiT, grids: Tensor, tables: StepTables, nbytes_before: int) -> None:
         self.model, self.grids, self.tables = model, grids, tables
+        self.nbytes_before = nbytes_before
 
     @classmethod
     @torch.no_grad()
@@ -64,7 +66,7 @@ class Baked:
         device = student.proj_out.weight.device
         made = [student.tables(grid[:-1], grid[1:]) for grid in times.to(device)]
         blocks, final = (torch.stack(parts) for parts in zip(*made, strict=True))
-        return cls(student.baked(), times, StepTables(blocks, final))
+        return cls(student.baked(), times, StepTables(blocks, final), _bytes_of(student))
 
     @property
     def nfe(self) -> int:
@@ -73,8 +75,7 @@ class Baked:
     @property
     def nbytes(self) -> int:
         """Resident bytes: weights and tables."""
-        weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
-        return weights + self.tables.nbytes
+        return _bytes_of(self.model) + self.tables.nbytes
 
     def index(self, grid: Tensor) -> int:
         """Which of the grids this is.
@@ -98,7 +99,7 @@ class Baked:
     def to(self, device: torch.device | str) -> Baked:
         """On another device; the model itself moves."""
         tables = StepTables(self.tables.blocks.to(device), self.tables.final.to(device))
-        return Baked(self.model.to(device), self.grids, tables)
+        return Baked(self.model.to(device), self.grids, tables, self.nbytes_before)
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors, atomically; grids, model kind and versions are its metadata."""
@@ -111,6 +112,7 @@ class Baked:
             "format": str(FORMAT),
             "config": json.dumps(asdict(self.model.config)),
             "grids": json.dumps(self.grids.tolist()),
+            "nbytes_before": str(self.nbytes_before),
             "imf_kernels": __version__,
             "torch": torch.__version__,
         }
@@ -141,9 +143,14 @@ class Baked:
             model.load_state_dict(weights)
             grids = torch.tensor(json.loads(metadata["grids"]), dtype=torch.float32)
             tables = StepTables(tensors["tables.blocks"], tensors["tables.final"])
+            nbytes_before = int(metadata["nbytes_before"])
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"path: expected a saved baked model, got {path}: {error}") from error
-        return cls(model.eval(), grids, tables)
+        return cls(model.eval(), grids, tables, nbytes_before)
+
+
+def _bytes_of(model: DiT) -> int:
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 def _expect(metadata: Mapping[str, str]) -> None:

@@ -71,6 +71,7 @@ def test_holds_fewer_bytes(student):
     weights = sum(p.nbytes for p in baked.model.state_dict().values())
     whole = sum(p.nbytes for p in student.state_dict().values())
     assert weights < 0.8 * whole
+    assert baked.nbytes_before == whole
     assert baked.tables.nbytes == 3 * 2 * (6 * 2 + 2) * 32 * 4
     assert baked.nbytes == weights + baked.tables.nbytes
 
@@ -113,6 +114,7 @@ def test_the_file_says_what_it_is(student, tmp_path):
     assert {"imf_kernels", "torch", "format"} < set(metadata)
     loaded = Baked.load(path)
     assert loaded.model.dtype == torch.bfloat16
+    assert loaded.nbytes_before == sum(p.nbytes for p in student.state_dict().values())
     assert loaded.tables.blocks.dtype == torch.float32
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
