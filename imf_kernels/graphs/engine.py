@@ -196,8 +196,8 @@ class Engine:
                 "was replaced: captured graphs would read its old storage. Call refresh()."
             )
         for name, value in given.items():
-            tensors = [value] if isinstance(value, Tensor) else value or ()
-            for tensor in (tensor for tensor in tensors if isinstance(tensor, Tensor)):
+            rows = value if isinstance(value, list | tuple) else [value]
+            for tensor in (row for row in rows if isinstance(row, Tensor)):
                 checks.same_device(name, tensor, self.device)
                 if tensor.requires_grad and torch.is_grad_enabled():
                     raise ValueError(
