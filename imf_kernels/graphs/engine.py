@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import threading
@@ -83,7 +84,7 @@ class Station:
 
     @property
     def bytes_held(self) -> int:
-        return self.slot.bytes_held() + sum(buffer.nbytes for buffer in self.buffers.values())
+        return self.slot.bytes_held() + sum(buffer.nbytes for buffer in list(self.buffers.values()))
 
 
 class Engine:
@@ -268,21 +269,16 @@ class Engine:
         with torch.no_grad():
             return self.model.prepare(**conditions, guided=self.guided, **self.options)
 
-    @property
+    @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """What a conditioning holds, with this sampler's options."""
-        if not hasattr(self, "_names"):
-            if hasattr(self.model, "inputs"):
-                dummy = {
-                    name: torch.full(
-                        spec.shape(1, 1), spec.pad, dtype=spec.dtype, device=self.device
-                    )
-                    for name, spec in self.model.inputs.items()
-                }
-                self._names = tuple(self.prepare(dummy))
-            else:
-                self._names = tuple(self.model.specs)
-        return self._names
+        if not hasattr(self.model, "inputs"):
+            return tuple(self.model.specs)
+        least = {
+            name: torch.full(spec.shape(1, 1), spec.pad, dtype=spec.dtype, device=self.device)
+            for name, spec in self.model.inputs.items()
+        }
+        return tuple(self.prepare(least))
 
     def capture(self, station: Station, function: Callable[[], None]) -> runtime.Graph:
         # what is captured serves later callers as well, whatever mode this one is in
