@@ -102,10 +102,11 @@ def has_extension(cuda: bool) -> bool:
     return HAS_CUDA_EXTENSION if cuda else HAS_EXTENSION
 
 
-def use_kernel(x: Tensor, *others: Tensor | None, cpp: bool = False) -> bool:
+def use_kernel(x: Tensor, *others: Tensor | None, cpp: bool = False, aten: bool = False) -> bool:
     """Whether the op on these tensors runs its registered kernel (else: its reference).
 
-    `cpp` says that the op has a C++ kernel for CPU tensors.
+    `cpp` says that the op has a C++ kernel for these tensors on the CPU, `aten` that it is built on
+    PyTorch's own kernels there.
 
     Raises:
         RuntimeError: a forced backend that cannot run here, or a dual tensor on a kernel, through
@@ -115,7 +116,7 @@ def use_kernel(x: Tensor, *others: Tensor | None, cpp: bool = False) -> bool:
     if choice == "cpp" and not HAS_EXTENSION:
         raise RuntimeError("backend: 'cpp' needs the C++ extension, which is not built")
     if choice in ("auto", "cpp"):
-        kernel = triton_runs() if x.is_cuda else cpp and HAS_EXTENSION
+        kernel = triton_runs() if x.is_cuda else aten or (cpp and HAS_EXTENSION)
     elif choice == "triton":
         kernel = True
         if not HAS_TRITON or not (x.is_cuda or INTERPRETED):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from imf_kernels import checks, grids
-from imf_kernels.solver import Callback, VelocityModel, solve
+from imf_kernels.solver import Callback, VelocityModel, euler, model_dtype, row_lengths
 
 
 def sample(
@@ -53,18 +53,28 @@ def sample(
     steps = times.numel() - 1
     per_row = times[:, None].expand(-1, noise.shape[0]).contiguous()
     with torch.set_grad_enabled(grad), _Progress(steps, callback, progress) as on_step:
-        run = solve(
-            model,
+        run = euler(
+            _velocity(model, times, per_row, cond, live=grad),
             noise,
-            per_row,
             per_row.diff(dim=0),
-            cond,
             guidance,
+            lengths=row_lengths(cond, noise.shape[0]),
+            model_dtype=model_dtype(model, noise.dtype),
             accumulate=False,
             keep=intermediates,
             callback=on_step,
         )
     return run.x if run.states is None else run.states
+
+
+def _velocity(
+    model: Any, times: Tensor, per_row: Tensor, cond: Any, *, live: bool
+) -> Callable[[int, Tensor], Tensor]:
+    """The model at step k: from step tables where it has them, else (and for gradients) live."""
+    if live or not hasattr(model, "tables"):
+        return lambda k, x: model(x, per_row[k], per_row[k + 1], cond)
+    tables = model.tables(times[:-1], times[1:])
+    return lambda k, x: model.evaluate(x, tables.at(k), cond)
 
 
 class _Progress:

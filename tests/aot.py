@@ -23,14 +23,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from imf_kernels.ops import _attention_kernels as attention
 from imf_kernels.ops import _triton
-from imf_kernels.ops.gated_residual import _launch_backward as gated_backward
-from imf_kernels.ops.gated_residual import _launch_forward as gated_forward
 from imf_kernels.ops.guided_euler_step import _launch as step
 from imf_kernels.ops.mean_velocity_loss import _launch_backward as loss_backward
 from imf_kernels.ops.mean_velocity_loss import _launch_forward as loss_forward
 from imf_kernels.ops.modulated_layer_norm import _launch_backward as norm_backward
 from imf_kernels.ops.modulated_layer_norm import _launch_forward as norm_forward
+from imf_kernels.ops.rope_qkv import _launch as rope
+from imf_kernels.ops.rope_qkv import _launch_norm_backward as rope_norm_backward
+from imf_kernels.rows import Rows
 
 ARCHITECTURES = (80, 90)
 FRAMES = {80: 640, 100: 937}
@@ -73,18 +75,37 @@ def forms() -> Iterator[tuple[str, Callable[..., object], tuple[Any, ...]]]:
             name = f"{label} boundary" if velocity is x else label
             yield name, loss_forward, (u, x, w, velocity, mask)
             yield name, loss_backward, (w, u, x, w, velocity, mask)
+    lengths = torch.tensor([937, 500])
+    rows = Rows.padded(lengths, 937)
+    frames = len(rows.row_of)
     for dim, dtype in itertools.product((192, 256, 768, 1024, 2048), dtypes):
         label = f"D={dim} {dtype}"
-        x = torch.empty(2, 937, dim, dtype=dtype)
-        shift, scale = torch.empty(2, 6 * dim, dtype=dtype).chunk(6, dim=1)[:2]
-        yield label, norm_forward, (x, shift, scale, 1e-6)
-        yield label, norm_backward, (x, x, shift, scale, 1e-6)
-        yield label, gated_forward, (x, x, scale)
-        yield label, gated_backward, (x, x, scale)
+        x = torch.empty(frames, dim, dtype=dtype)
+        gate, shift, scale = torch.empty(2, 6 * dim, dtype=dtype).chunk(6, dim=1)[:3]
+        yield label, norm_forward, (x, x, gate, shift, scale, rows.row_of, 1e-6)
+        yield label, norm_backward, (x, x, x, x, gate, scale, rows, 1e-6)
+        yield f"{label} first", norm_forward, (x, None, None, shift, scale, rows.row_of, 1e-6)
+        yield f"{label} first", norm_backward, (x, x, x, None, None, scale, rows, 1e-6)
         # a step table's row for all rows: float32, without a row stride
-        shift, scale = torch.empty(1, 6, dim).expand(2, -1, -1).unbind(1)[:2]
-        yield f"{label} table", norm_forward, (x, shift, scale, 1e-6)
-        yield f"{label} table", gated_forward, (x, x, scale)
+        gate, shift, scale = torch.empty(1, 6, dim).unbind(1)[:3]
+        yield f"{label} table", norm_forward, (x, x, gate, shift, scale, rows.row_of, 1e-6)
+    for (heads, width), dtype in itertools.product(((16, 64), (8, 32), (8, 128)), dtypes[:2]):
+        label = f"H={heads}x{width} {dtype}"
+        qkv = torch.empty(frames, 3, heads, width, dtype=dtype)
+        angles, weight = torch.empty(937, width), torch.empty(width, dtype=dtype)
+        where = (angles, rows.starts, rows.row_of)
+        no_norm = (None, None, 1e-6)
+        yield f"{label} in place", rope, (qkv, *where, heads, *no_norm, qkv)
+        yield f"{label} first head", rope, (qkv, *where, 1, *no_norm, qkv)
+        yield f"{label} norm", rope, (qkv, *where, heads, weight, weight, 1e-6, qkv)
+        yield f"{label} apart", rope, (qkv, *where, 1, *no_norm, qkv.clone())
+        yield f"{label} inverse", rope, (qkv, *where, heads, *no_norm, qkv.clone(), True)
+        yield f"{label} norm", rope_norm_backward, (qkv, qkv, rows.row_of, weight, weight, 1e-6)
+        out, lse = torch.empty(frames, heads, width, dtype=dtype), torch.empty(heads, frames)
+        for chunk in (None, torch.tensor([50, 50])):
+            name = f"{label} full" if chunk is None else f"{label} streaming"
+            yield name, attention.forward, (qkv, rows, chunk, 0.125)
+            yield name, attention.backward, (out, qkv, out, lse, rows, chunk, 0.125)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -111,15 +132,18 @@ def compile_all() -> Iterator[dict[str, Any]]:
         driver.set_active(NoDevice(architecture))
         for label, launcher, args in forms():
             launcher(*args)
-            kernel, binary = compiled.pop()
-            yield {
-                "op": Path(kernel.fn.__code__.co_filename).stem,
-                "kernel": kernel.fn.__name__,
-                "form": label,
-                "architecture": f"sm_{architecture}",
-                "vector_bits": vector_bits(binary.asm["ptx"]),
-                **resources(binary.asm["cubin"]),
-            }
+            for kernel, binary in compiled:
+                file = Path(kernel.fn.__code__.co_filename).stem
+                yield {
+                    "op": file.removeprefix("_").removesuffix("_kernels"),
+                    "kernel": kernel.fn.__name__,
+                    "form": label,
+                    "architecture": f"sm_{architecture}",
+                    "vector_bits": vector_bits(binary.asm["ptx"]),
+                    **resources(binary.asm["cubin"]),
+                    "shared": binary.metadata.shared,
+                }
+            compiled.clear()
 
 
 def vector_bits(ptx: str) -> int:

@@ -16,6 +16,7 @@ FLOORS = {
     "dispatch": 0,
     "files": 0,
     "masks": 0,
+    "rows": 0,
     "version": 0,
     "ops": 1,
     "models": 2,
@@ -40,7 +41,7 @@ def modules():
 
 
 def room(name: str) -> str:
-    """`imf_kernels.ops.gated_residual` lives in `ops`."""
+    """`imf_kernels.ops.rope_qkv` lives in `ops`."""
     return name.split(".")[1]
 
 

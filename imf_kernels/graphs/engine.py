@@ -135,6 +135,8 @@ class Engine:
         self._fix_weights()
 
     def _fix_weights(self) -> None:
+        if hasattr(self.model, "fuse_weights"):
+            self.model.fuse_weights()  # later it would move them
         self.fixed = runtime.Fixed.of(self.model)
         self.backend = dispatch.forced()
 

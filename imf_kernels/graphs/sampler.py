@@ -86,8 +86,6 @@ class GraphSampler:
             requests.check_guidance(guidance, rows=0)
         self.nfe, self.guidance = nfe, guidance
         self._tabled = self.baked is not None or hasattr(model, "tables")
-        if self.baked is None and self._tabled:
-            model.fuse_adaln()  # before the engine looks where weights lie
         self._engine = Engine(model, buckets, slots, guidance is not None, prepare or {})
         self._eager_tables: tuple[Any, StepTables | None] = (None, None)
         self._generation = 0
@@ -173,8 +171,6 @@ class GraphSampler:
         if self.baked is not None:
             raise RuntimeError("a baked sampler is a snapshot and has no weights to follow")
         self._generation += 1
-        if self._tabled:
-            self.model.fuse_adaln()
         self._engine.refresh()
         self._watch()
 

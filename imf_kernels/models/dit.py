@@ -14,46 +14,65 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from imf_kernels import checks, masks
+from imf_kernels.models import linears
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
 from imf_kernels.models.config import DiTConfig, TextConfig
+from imf_kernels.models.linears import FusedLinears
 from imf_kernels.models.positions import (
     CausalConvPositionEmbedding,
     ConvPositionEmbedding,
     RotaryEmbedding,
-    rotate,
 )
-from imf_kernels.models.step_tables import Modulation, StepTables, fuse, linear_float32
+from imf_kernels.models.step_tables import Modulation, StepTables, linear_float32
 from imf_kernels.models.text_tower import TextTower
 from imf_kernels.models.time_embedding import TimeEmbedding, TimeEmbedMixer
-from imf_kernels.ops import gated_residual, modulated_layer_norm
+from imf_kernels.ops import (
+    attention,
+    gated_residual_norm,
+    linear,
+    modulated_layer_norm,
+    rope_qkv,
+)
+from imf_kernels.rows import Rows
 
 
 class Attention(nn.Module):
-    """Self-attention over frames; rotary on the first `rope_heads` heads."""
+    """Self-attention over each row's frames; rotary on the first `rope_heads` heads."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         inner = config.heads * config.head_dim
         self.heads = config.heads
-        self.rope_heads = config.heads if config.rope_heads is None else config.rope_heads
+        self.rope_heads = config.rope_heads
         self.to_q = nn.Linear(config.dim, inner)
         self.to_k = nn.Linear(config.dim, inner)
         self.to_v = nn.Linear(config.dim, inner)
         self.to_out = nn.ModuleList([nn.Linear(inner, config.dim)])
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
+        self._fused = FusedLinears()
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (
-            to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for to in (self.to_q, self.to_k, self.to_v)
-        )
-        q = rotate(self.q_norm(q), rope, self.rope_heads)
-        k = rotate(self.k_norm(k), rope, self.rope_heads)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.to_out[0](h.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, rows: Rows, rope: Tensor, chunk: Tensor | None) -> Tensor:
+        """`(T, D)` to `(T, D)`."""
+        qkv = self._fused.apply(self.projections, x).unflatten(-1, (3, self.heads, -1))
+        weights: dict[str, Any] = {}
+        if self.q_norm is not None and self.k_norm is not None:
+            weights = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
+        in_place = not qkv.requires_grad
+        qkv = rope_qkv(qkv, rope, rows, self.rope_heads, **weights, in_place=in_place)
+        h = attention(qkv, rows, chunk)
+        return linears.apply(self.to_out[0], h.flatten(1))
+
+    @property
+    def projections(self) -> tuple[nn.Module, ...]:
+        return self.to_q, self.to_k, self.to_v
+
+    def fuse_weights(self) -> None:
+        if all(map(linears.plain, self.projections)):
+            self._fused.fuse(self.projections)
 
 
 class FeedForward(nn.Module):
@@ -67,7 +86,8 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ff(x)
+        first: Any = self.ff[0]
+        return linears.apply(self.ff[2], linears.apply(first[0], x, gelu=True))
 
 
 class AdaLN(nn.Module):
@@ -92,17 +112,27 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ff = FeedForward(config)
 
-    def forward(self, x: Tensor, modulation: Tensor, rope: Tensor, mask: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = _per_row(modulation, x.shape[0])
-        h = self.attn(modulated_layer_norm(x, shift_a, scale_a), rope, mask)
-        x = gated_residual(x, h, gate_a)
-        h = self.ff(modulated_layer_norm(x, shift_f, scale_f))
-        return gated_residual(x, h, gate_f)
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        modulation: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        rows: Rows,
+        rope: Tensor,
+        chunk: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """From the residual stream `x` and its modulated norm `y` to the same after this block.
 
-
-def _per_row(modulation: Tensor, rows: int) -> tuple[Tensor, ...]:
-    """`(R, parts, dim)` as `parts` strided views `(rows, dim)`."""
-    return modulation.expand(rows, -1, -1).unbind(1)
+        `modulation` `(R, 6, D)` is the block's own, of which the first two have made `y`; `shift`
+        and `scale` are of the norm that follows.
+        """
+        _, _, gate_a, shift_f, scale_f, gate_f = modulation.unbind(1)
+        x, y = gated_residual_norm(
+            x, self.attn(y, rows, rope, chunk), gate_a, shift_f, scale_f, rows
+        )
+        return gated_residual_norm(x, self.ff(y), gate_f, shift, scale, rows)
 
 
 class InputEmbedding(nn.Module):
@@ -121,19 +151,8 @@ class InputEmbedding(nn.Module):
         return F.linear(conditions, self.proj.weight[:, self.channels :], self.proj.bias)
 
     def state(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.proj.weight[:, : self.channels])
-
-
-def attention_mask(lengths: Tensor, chunk: Tensor | None, frames: int) -> Tensor:
-    """Which keys a query sees: bool `(R, 1, 1, N)`, or `(R, 1, N, N)` with `chunk`.
-
-    With `chunk`, int64 `(R,)`, a frame sees its own block of that many frames and all before it.
-    """
-    mask = masks.inside(lengths, frames)[:, None, None, :]
-    if chunk is None:
-        return mask
-    block = torch.arange(frames, device=lengths.device) // chunk[:, None]
-    return mask & (block[:, None, None, :] <= block[:, None, :, None])
+        """`(T, C)` to `(T, D)`."""
+        return linear(x, self.proj.weight[:, : self.channels], None)
 
 
 class DiT(nn.Module):
@@ -160,14 +179,15 @@ class DiT(nn.Module):
         )
         self.norm_out: Any = None if config.baked else AdaLN(config.dim, 2)
         self.proj_out = nn.Linear(config.dim, config.channels)
-        self._fused_adaln: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._fused_adaln = FusedLinears()
+        self.checkpoint_activations = False
         self._reset_output()
 
     def _reset_output(self) -> None:
         """adaLN-Zero: every block starts as the identity and the velocity as 0."""
-        for linear in self._adaln_linears():
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for layer in self._adaln_linears():
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
@@ -256,7 +276,7 @@ class DiT(nn.Module):
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """What `prepare` returns; "chunk" is there for streaming only."""
+        """What `prepare` returns; "chunk" for streaming, "key_lengths" for upstream's padding."""
         counts = TensorSpec(("rows",), torch.int64, pad=1)
         return {
             "lengths": counts,
@@ -338,12 +358,11 @@ class DiT(nn.Module):
         repeats = len(branches)
         tensors = {
             "lengths": lengths.repeat(repeats),
-            "key_lengths": torch.full_like(lengths, frames).repeat(repeats)
-            if upstream_padding
-            else lengths.repeat(repeats),
             "conditions": torch.cat(branches),
             "rope": self.rotary_embed(frames),
         }
+        if upstream_padding:
+            tensors["key_lengths"] = torch.full_like(tensors["lengths"], frames)
         if streaming:
             tensors["chunk"] = torch.full_like(tensors["lengths"], self.config.chunk)
         return Conditioning(tensors, self.specs)
@@ -367,39 +386,60 @@ class DiT(nn.Module):
         rows = x.shape[0]
         checks.shape("t", t, rows)
         checks.shape("r", r, rows)
-        e = F.silu(self.embed_time(t, r)).to(self.dtype)
         if cond.rows == 2 * rows:
-            e = e.repeat(2, 1)
-        blocks: Any = self.transformer_blocks
-        modulations = [block.attn_norm(e) for block in blocks]
-        return self.evaluate(x, Modulation(modulations, self.norm_out(e)), cond)
+            t, r = t.repeat(2), r.repeat(2)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            e = F.silu(self.embed_time(t, r)).to(self.dtype)
+            blocks: Any = self.transformer_blocks
+            modulations = [block.attn_norm(e) for block in blocks]
+            return self.evaluate(x, Modulation(modulations, self.norm_out(e)), cond)
+        return self.evaluate(x, self.tables(t[None], r[None]).at(0), cond)
 
     def evaluate(self, x: Tensor, modulation: Modulation, cond: Conditioning) -> Tensor:
         """`forward` with all that depends on `t, r` given: one step of `tables`, or live.
 
         `modulation` has one row for all, or `cond.rows`.
         """
-        rows = x.shape[0]
-        if cond.rows not in (rows, 2 * rows):
-            raise ValueError(f"x: expected {cond.rows} rows, or half of it when guided, got {rows}")
-        checks.shape("x", x, rows, cond["rope"].shape[0], self.config.channels)
-        frames, branches = x.shape[1], cond.rows // max(rows, 1)
+        batch = x.shape[0]
+        if cond.rows not in (batch, 2 * batch):
+            raise ValueError(
+                f"x: expected {cond.rows} rows, or half of it when guided, got {batch}"
+            )
+        checks.shape("x", x, batch, cond["rope"].shape[0], self.config.channels)
+        frames, branches = x.shape[1], cond.rows // max(batch, 1)
 
-        inside = masks.inside(cond["lengths"], frames)
-        mask = attention_mask(cond["key_lengths"], cond.get("chunk"), frames)
+        lengths = cond["lengths"]
+        inside = masks.inside(lengths, frames)
+        attended = Rows.padded(lengths, frames)
+        if "key_lengths" in cond:
+            attended = Rows.padded(cond["key_lengths"], frames)
         # filled, not multiplied: what lies beyond a row's length may be anything, NaN included
-        x = x.to(self.dtype).masked_fill(~inside[:rows, :, None], 0.0)
-        h = self.input_embed.state(x).repeat(branches, 1, 1) + cond["conditions"]
+        x = x.to(self.dtype).masked_fill(~inside[:batch, :, None], 0.0)
+        h = self.input_embed.state(x.flatten(0, 1)).view(batch, frames, -1)
+        h = h.repeat(branches, 1, 1) + cond["conditions"]
         h = h + self.input_embed.conv_pos_embed(h, inside)
-
-        skip = h
-        for block, step in zip(self.transformer_blocks, modulation.blocks, strict=True):
-            h = block(h, step, cond["rope"], mask)
-        if self.long_skip_connection is not None:
-            h = self.long_skip_connection(torch.cat([h, skip], dim=-1))
-        scale, shift = _per_row(modulation.final, h.shape[0])
-        v = self.proj_out(modulated_layer_norm(h, shift, scale))
+        h = self._blocks(h.flatten(0, 1), modulation, attended, cond)
+        v = linears.apply(self.proj_out, h).unflatten(0, inside.shape)
         return v.masked_fill(~inside[:, :, None], 0.0)
+
+    def _blocks(self, h: Tensor, modulation: Modulation, rows: Rows, cond: Conditioning) -> Tensor:
+        """Embedded frames `(T, D)` to the normalised input of the last projection."""
+        rope, chunk = cond["rope"], cond.get("chunk")
+        scale, shift = modulation.final.unbind(1)
+        norms = [(m[:, 0], m[:, 1]) for m in modulation.blocks] + [(shift, scale)]
+        x, y = h, modulated_layer_norm(h, *norms[0], rows)
+        for block, own, following in zip(
+            self.transformer_blocks, modulation.blocks, norms[1:], strict=True
+        ):
+            arguments = (x, y, own, *following, rows, rope, chunk)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, y = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x, y = block(*arguments)
+        if self.long_skip_connection is None:
+            return y
+        x = self.long_skip_connection(torch.cat([x, h], dim=-1))
+        return modulated_layer_norm(x, shift, scale, rows)
 
     def embed_time(self, t: Tensor, r: Tensor) -> Tensor:
         """The (mixed) time embedding, float32 `(B, dim)`."""
@@ -422,7 +462,9 @@ class DiT(nn.Module):
         steps, rows, dim = t.shape[0], t[0].numel(), self.config.dim
         with torch.autocast(t.device.type, enabled=False):
             e = F.silu(self.embed_time(t.reshape(-1), r.reshape(-1)))
-            table = linear_float32(e, *self.fuse_adaln()).view(steps, rows, -1, dim)
+            table = linear_float32(e, *self._fused_adaln.fuse(self._adaln_linears())).view(
+                steps, rows, -1, dim
+            )
         blocks, final = table.split([6 * self.config.depth, 2], dim=2)
         return StepTables(blocks.unflatten(2, (-1, 6)), final)
 
@@ -431,18 +473,17 @@ class DiT(nn.Module):
         timed = (self.time_embed, self.time_embed_mixer, *self._adaln_linears())
         return [p for module in timed if module is not None for p in module.parameters()]
 
-    def fuse_adaln(self) -> tuple[Tensor, Tensor]:
-        """Weights and biases of all adaLN layers, blocks first, each as one tensor.
+    def fuse_weights(self) -> None:
+        """Lay the weights that are read as one (adaLN; q, k and v) side by side in memory.
 
-        The layers' parameters become (and stay) views of it.
+        The parameters stay the same objects, as views. Evaluations do it by themselves, at the
+        first call and after a move or a cast; whoever takes addresses does it before.
         """
-        linears = self._adaln_linears()
-        weight, bias = self._fused_adaln
-        self._fused_adaln = whole = (
-            fuse([linear.get_parameter("weight") for linear in linears], weight),
-            fuse([linear.get_parameter("bias") for linear in linears], bias),
-        )
-        return whole
+        if not self.config.baked:
+            self._fused_adaln.fuse(self._adaln_linears())
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fuse_weights()
 
     def _adaln_linears(self) -> list[nn.Linear]:
         return [module.linear for module in self.modules() if isinstance(module, AdaLN)]

@@ -81,16 +81,3 @@ class RotaryEmbedding(nn.Module):
         n = torch.arange(frames, device=self.inv_freq.device, dtype=torch.float64)
         angles = torch.outer(n, self.inv_freq.double())  # in float32 1e-4 rad off at 3,000 frames
         return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
-
-
-def rotate(x: Tensor, rope: Tensor, heads: int) -> Tensor:
-    """Rotate the interleaved pairs of the first `heads` heads of `(R, H, N, head_dim)`.
-
-    `(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin)`, computed in float32.
-    """
-    cos, sin = rope.chunk(2, dim=-1)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    even, odd = x[:, :heads].to(wide).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    turned = turned.flatten(-2).to(x.dtype)
-    return turned if heads == x.shape[1] else torch.cat([turned, x[:, heads:]], dim=1)

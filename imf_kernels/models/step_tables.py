@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -40,32 +40,6 @@ class StepTables(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.blocks.nbytes + self.final.nbytes
-
-
-def fuse(parameters: Sequence[nn.Parameter], whole: Tensor | None) -> Tensor:
-    """One tensor of which the parameters are consecutive slices along their first dimension.
-
-    `whole` is what an earlier call returned: given back if the parameters still lie in it, so that
-    in-place updates are seen without a copy. Otherwise (first call, moved, cast, newly assigned)
-    the parameters are laid into a new one; they stay the same objects with the same names.
-    """
-    if whole is not None and _lie_in(whole, parameters):
-        return whole
-    with torch.inference_mode(False), torch.no_grad():  # they may be trained later
-        whole = torch.cat([p.detach() for p in parameters])
-        parts = whole.split([p.shape[0] for p in parameters])
-        for parameter, part in zip(parameters, parts, strict=True):
-            parameter.data = part
-    return whole
-
-
-def _lie_in(whole: Tensor, parameters: Sequence[nn.Parameter]) -> bool:
-    address = whole.data_ptr()
-    for p in parameters:
-        if p.data_ptr() != address or p.dtype != whole.dtype or p.device != whole.device:
-            return False
-        address += p.nbytes
-    return address == whole.data_ptr() + whole.nbytes
 
 
 def linear_float32(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,17 +1,22 @@
 """Fused operations: one file each with contract, reference, Triton kernel, launcher, autograd."""
 
-from imf_kernels.ops.gated_residual import gated_residual
+from imf_kernels.ops.attention import attention
 from imf_kernels.ops.guided_euler_step import EulerStep, guided_euler_step
+from imf_kernels.ops.linear import linear
 from imf_kernels.ops.mean_velocity_loss import mean_velocity_loss
-from imf_kernels.ops.modulated_layer_norm import modulated_layer_norm
+from imf_kernels.ops.modulated_layer_norm import gated_residual_norm, modulated_layer_norm
 from imf_kernels.ops.ragged_copy import Copy, ragged_copy
+from imf_kernels.ops.rope_qkv import rope_qkv
 
 __all__ = [
     "Copy",
     "EulerStep",
-    "gated_residual",
+    "attention",
+    "gated_residual_norm",
     "guided_euler_step",
+    "linear",
     "mean_velocity_loss",
     "modulated_layer_norm",
     "ragged_copy",
+    "rope_qkv",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from imf_kernels.dispatch import HAS_TRITON
+from imf_kernels.dispatch import HAS_TRITON, INTERPRETED
 
 if HAS_TRITON:
     import triton
@@ -29,6 +29,21 @@ else:
 
     def next_power_of_2(n: int) -> int:
         return 1 << max(n - 1, 0).bit_length()
+
+
+if HAS_TRITON:
+    # the interpreter multiplies the bits of bfloat16
+    _WIDEN_DOTS = tl.constexpr(INTERPRETED)
+
+    @jit
+    def dot(b_a, b_b, ACC: tl.constexpr):
+        """`a b` in full precision of its operands, accumulated in `ACC`."""
+        if _WIDEN_DOTS:
+            b_a, b_b = b_a.to(ACC), b_b.to(ACC)
+        return tl.dot(b_a, b_b, input_precision="ieee", out_dtype=ACC)
+
+else:
+    dot = None
 
 
 def cdiv(a: int, b: int) -> int:
@@ -56,4 +71,4 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         launcher(kernel, grid, *args, **options)
 
 
-__all__ = ["accumulator", "cdiv", "jit", "launch", "next_power_of_2", "tl"]
+__all__ = ["accumulator", "cdiv", "dot", "jit", "launch", "next_power_of_2", "tl"]

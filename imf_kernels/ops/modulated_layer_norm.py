@@ -1,11 +1,17 @@
-"""LayerNorm without affine, then scale and shift: `y = (1 + scale) * norm(x) + shift`.
+"""The residual stream of an adaLN block, one pass between two matrix products:
 
-`norm(x) = (x - mean) / sqrt(var + eps)` over the D channels of a frame; `scale` and `shift` are one
-row of modulation per batch row, usually strided views (`modulation.chunk(6)`), read in place.
-(DiT, arXiv 2212.09748, adaLN.)
+    x' = x + gate * h                          the gated residual of the branch before
+    y  = norm(x') * (1 + scale) + shift        what the next branch reads
+
+`norm(x) = (x - mean) / sqrt(var + eps)` over the D channels of a frame, without affine. `gate`,
+`scale` and `shift` are one row of modulation per row of the batch, or one for all: strided views of
+`(R, 6, D)` or of a step table, read in place. The first branch of a model has no residual before
+it. (DiT, arXiv 2212.09748, adaLN-Zero.)
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,198 +19,394 @@ from torch.nn import functional as F
 
 from imf_kernels import checks, dispatch
 from imf_kernels.ops._dtypes import wide, wide_dtype
-from imf_kernels.ops._rows import FRAMES_PER_PROGRAM, check_modulation, row_warps
+from imf_kernels.ops._layout import contiguous
+from imf_kernels.ops._rows import (
+    FRAMES_PER_PROGRAM,
+    check_modulation,
+    check_rows,
+    per_frame,
+    row_stride,
+    row_warps,
+    selected,
+)
 from imf_kernels.ops._triton import accumulator, cdiv, jit, launch, next_power_of_2, tl
+from imf_kernels.rows import Rows
 
 
-def reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """Plain PyTorch, the specification."""
+def reference(
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Rows | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch, the specification: `(x', y)`."""
+    x = selected(x, rows)
+    if h is not None and gate is not None:
+        h = selected(h, rows)
+        x = (wide(x) + per_frame(wide(gate), rows) * wide(h)).to(x.dtype)
     norm = F.layer_norm(wide(x), x.shape[-1:], eps=eps)
-    return (norm * (1 + wide(scale)[:, None]) + wide(shift)[:, None]).to(x.dtype)
+    y = norm * (1 + per_frame(wide(scale), rows)) + per_frame(wide(shift), rows)
+    return x, selected(y.to(x.dtype), rows)
 
 
-@jit(do_not_specialize=["frames"])
+@jit
 def _forward_kernel(
     p_x,
+    p_h,
+    p_gate,
     p_shift,
     p_scale,
+    p_row_of,
+    p_x_out,
     p_y,
-    frames,
+    stride_gate,
     stride_shift,
     stride_scale,
     eps,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     frame = tl.program_id(0).to(tl.int64)
-    row = frame // frames
     o = tl.arange(0, BLOCK_D)
     m = o < D
-    b_x = tl.load(p_x + frame * D + o, mask=m, other=0.0).to(ACC)
+    o_frame = frame * D + o
+    row = tl.zeros([], tl.int64)
+    if HAS_ROWS:
+        row = tl.load(p_row_of + frame).to(tl.int64)
+        if row < 0:  # a frame of no row
+            b_zero = tl.zeros([BLOCK_D], p_y.dtype.element_ty)
+            tl.store(p_y + o_frame, b_zero, mask=m)
+            if RESIDUAL:
+                tl.store(p_x_out + o_frame, b_zero, mask=m)
+            return
+    b_x = tl.load(p_x + o_frame, mask=m, other=0.0).to(ACC)
+    if RESIDUAL:
+        b_h = tl.load(p_h + o_frame, mask=m, other=0.0).to(ACC)
+        b_gate = tl.load(p_gate + row * stride_gate + o, mask=m, other=0.0).to(ACC)
+        b_out = (b_x + b_gate * b_h).to(p_x_out.dtype.element_ty)
+        tl.store(p_x_out + o_frame, b_out, mask=m)
+        b_x = b_out.to(ACC)  # as the backward will read it
     b_x = tl.where(m, b_x - tl.sum(b_x, 0) / D, 0.0)
     b_norm = b_x / tl.sqrt(tl.sum(b_x * b_x, 0) / D + eps)
     b_shift = tl.load(p_shift + row * stride_shift + o, mask=m, other=0.0).to(ACC)
     b_scale = tl.load(p_scale + row * stride_scale + o, mask=m, other=0.0).to(ACC)
     b_y = b_norm * (1 + b_scale) + b_shift
-    tl.store(p_y + frame * D + o, b_y.to(p_y.dtype.element_ty), mask=m)
+    tl.store(p_y + o_frame, b_y.to(p_y.dtype.element_ty), mask=m)
 
 
 @jit(do_not_specialize=["frames"])
 def _backward_kernel(
-    p_grad,
+    p_grad_out,
+    p_grad_y,
     p_x,
+    p_h,
+    p_gate,
     p_scale,
+    p_starts,
+    p_lengths,
     p_grad_x,
-    p_grad_shift,
-    p_grad_scale,
+    p_grad_h,
+    p_partials,
     frames,
+    stride_gate,
     stride_scale,
+    stride_partials,
     eps,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     ACC: tl.constexpr,
     FRAMES: tl.constexpr,
 ):
-    """Gradient of `x` (the statistics are recomputed), one partial sum per program of the others.
+    """`x` is the residual's result; its statistics are recomputed.
 
-    dx = (g - mean(g) - norm * mean(g * norm)) / std with g = dy * (1 + scale).
+    dx' = grad_out + (g - mean(g) - norm * mean(g * norm)) / std with g = dy * (1 + scale)
+
+    Per program one partial sum each for the shift, the scale and the gate.
     """
     chunk = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     o = tl.arange(0, BLOCK_D)
     m = o < D
+    start = tl.zeros([], tl.int64)
+    if HAS_ROWS:
+        start = tl.load(p_starts + row).to(tl.int64)
+        frames = tl.load(p_lengths + row)
     b_gain = 1 + tl.load(p_scale + row * stride_scale + o, mask=m, other=0.0).to(ACC)
     b_sum_shift = tl.zeros([BLOCK_D], ACC)
     b_sum_scale = tl.zeros([BLOCK_D], ACC)
+    if RESIDUAL:
+        b_gate = tl.load(p_gate + row * stride_gate + o, mask=m, other=0.0).to(ACC)
+        b_sum_gate = tl.zeros([BLOCK_D], ACC)
     for i in range(FRAMES):
         frame = chunk * FRAMES + i
         if frame < frames:
-            o_frame = (row * frames + frame) * D + o
+            o_frame = (start + frame) * D + o
             b_x = tl.load(p_x + o_frame, mask=m, other=0.0).to(ACC)
-            b_grad = tl.load(p_grad + o_frame, mask=m, other=0.0).to(ACC)
+            b_grad = tl.load(p_grad_y + o_frame, mask=m, other=0.0).to(ACC)
             b_x = tl.where(m, b_x - tl.sum(b_x, 0) / D, 0.0)
             rstd = 1 / tl.sqrt(tl.sum(b_x * b_x, 0) / D + eps)
             b_norm = b_x * rstd
             b_g = b_grad * b_gain
             b_grad_x = (b_g - tl.sum(b_g, 0) / D - b_norm * (tl.sum(b_g * b_norm, 0) / D)) * rstd
-            tl.store(p_grad_x + o_frame, b_grad_x.to(p_grad_x.dtype.element_ty), mask=m)
             b_sum_shift += b_grad
             b_sum_scale += b_grad * b_norm
-    o_partial = (row * tl.num_programs(0) + chunk) * D + o
-    tl.store(p_grad_shift + o_partial, b_sum_shift, mask=m)
-    tl.store(p_grad_scale + o_partial, b_sum_scale, mask=m)
+            if RESIDUAL:
+                b_grad_x += tl.load(p_grad_out + o_frame, mask=m, other=0.0).to(ACC)
+                b_h = tl.load(p_h + o_frame, mask=m, other=0.0).to(ACC)
+                b_sum_gate += b_grad_x * b_h
+                b_grad_h = b_grad_x * b_gate
+                tl.store(p_grad_h + o_frame, b_grad_h.to(p_grad_h.dtype.element_ty), mask=m)
+            tl.store(p_grad_x + o_frame, b_grad_x.to(p_grad_x.dtype.element_ty), mask=m)
+    p_partial = p_partials + (row * tl.num_programs(0) + chunk) * D + o
+    tl.store(p_partial, b_sum_shift, mask=m)
+    tl.store(p_partial + stride_partials, b_sum_scale, mask=m)
+    if RESIDUAL:
+        tl.store(p_partial + 2 * stride_partials, b_sum_gate, mask=m)
 
 
-def _launch_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    rows, frames, dim = x.shape
-    y = x.new_empty(x.shape)
+def _launch_forward(
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    row_of: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    frames, dim = x.shape
+    x_out, y = x.new_empty(x.shape if h is not None else (0,)), x.new_empty(x.shape)
     block = next_power_of_2(dim)
     launch(
         _forward_kernel,
-        (rows * frames,),
+        (frames,),
         x,
+        h,
+        gate,
         shift,
         scale,
+        row_of,
+        x_out,
         y,
-        frames,
-        shift.stride(0),
-        scale.stride(0),
+        0 if gate is None else row_stride(gate),
+        row_stride(shift),
+        row_stride(scale),
         eps,
         D=dim,
         BLOCK_D=block,
+        RESIDUAL=h is not None,
+        HAS_ROWS=row_of is not None,
         ACC=accumulator(x),
         num_warps=row_warps(block),
     )
-    return y
+    return x_out, y
+
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""Of x `(T, D)`, of h (empty without one), and of shift, scale and gate, wide `(2 or 3, R, D)`."""
 
 
 def _launch_backward(
-    grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, frames, dim = x.shape
-    chunks = cdiv(frames, FRAMES_PER_PROGRAM)
-    grad_x = x.new_empty(x.shape)
-    partials = x.new_empty((2, rows, chunks, dim), dtype=wide_dtype(x))
+    grad_out: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    rows: Rows | None,
+    eps: float,
+) -> Gradients:
+    frames, dim = x.shape
+    count, longest = (1, frames) if rows is None else (rows.starts.shape[0], rows.longest)
+    chunks = cdiv(longest, FRAMES_PER_PROGRAM)
+    # no program comes to the frames of no row
+    fill = torch.empty if rows is None else torch.zeros
+    grad_x = fill(x.shape, dtype=x.dtype, device=x.device)
+    like_h = x if h is None else h
+    grad_h = fill(x.shape if h is not None else (0,), dtype=like_h.dtype, device=x.device)
+    parts = 2 if h is None else 3
+    partials = x.new_empty((parts, count, chunks, dim), dtype=wide_dtype(x))
     block = next_power_of_2(dim)
     launch(
         _backward_kernel,
-        (chunks, rows),
-        grad,
+        (chunks, count),
+        grad_out,
+        grad_y,
         x,
+        h,
+        gate,
         scale,
+        None if rows is None else rows.starts,
+        None if rows is None else rows.lengths,
         grad_x,
-        partials[0],
-        partials[1],
+        grad_h,
+        partials,
         frames,
-        scale.stride(0),
+        0 if gate is None else row_stride(gate),
+        row_stride(scale),
+        partials.stride(0),
         eps,
         D=dim,
         BLOCK_D=block,
+        RESIDUAL=h is not None,
+        HAS_ROWS=rows is not None,
         ACC=accumulator(x),
         FRAMES=FRAMES_PER_PROGRAM,
         num_warps=row_warps(block),
     )
-    return grad_x, partials[0].sum(1).to(shift.dtype), partials[1].sum(1).to(scale.dtype)
+    return grad_x, grad_h, partials.sum(2)
 
 
 def _reference_backward(
-    grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dy = wide(grad)
+    grad_out: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    rows: Rows | None,
+    eps: float,
+) -> Gradients:
+    dy = wide(selected(grad_y, rows))
     centred = wide(x) - wide(x).mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     norm = centred * rstd
-    g = dy * (1 + wide(scale)[:, None])
+    g = dy * (1 + per_frame(wide(scale), rows))
     grad_x = (g - g.mean(-1, keepdim=True) - norm * (g * norm).mean(-1, keepdim=True)) * rstd
-    return grad_x.to(x.dtype), dy.sum(1).to(shift.dtype), (dy * norm).sum(1).to(scale.dtype)
+    products = [dy, dy * norm]
+    grad_h = x.new_empty(0)
+    if h is not None and gate is not None:
+        grad_x = grad_x + wide(grad_out)
+        products.append(grad_x * wide(h))
+        grad_h = selected((grad_x * per_frame(wide(gate), rows)).to(h.dtype), rows)
+    sums = torch.stack([_row_sums(product, rows) for product in products])
+    return selected(grad_x.to(x.dtype), rows), grad_h, sums
+
+
+def _row_sums(x: Tensor, rows: Rows | None) -> Tensor:
+    """`(T, D)` to `(R, D)`, without the frames of no row."""
+    if rows is None:
+        return x.sum(0, keepdim=True)
+    sums = x.new_zeros(rows.starts.shape[0], x.shape[1])
+    return sums.index_add_(0, rows.row_of.clamp(min=0), selected(x, rows))
+
+
+def _layout(*parts: Any) -> Rows | None:
+    return None if parts[0] is None else Rows(*parts)
 
 
 @torch.library.custom_op("imf_kernels::modulated_layer_norm", mutates_args=())
-def _op(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    x = x.contiguous()
+def _op(
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    row_of: Tensor | None,
+    longest: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """x' (empty without `h`) and y."""
+    x, h = contiguous(x, h)
     if dispatch.runs_triton(x):
-        return _launch_forward(x, shift, scale, eps)
-    return reference(x, shift, scale, eps)
+        return _launch_forward(x, h, gate, shift, scale, row_of, eps)
+    if _has_cpp(x, h, gate, shift, scale):
+        return torch.ops.imf_kernels.modulated_layer_norm_cpu(x, h, gate, shift, scale, row_of, eps)
+    rows = _layout(starts, lengths, row_of, longest)
+    x_out, y = reference(x, h, gate, shift, scale, rows, eps)
+    return x.new_empty(0) if h is None else x_out, y
 
 
 @_op.register_fake
-def _(x, shift, scale, eps):
-    return x.new_empty(x.shape)
+def _(x, h, gate, shift, scale, starts, lengths, row_of, longest, eps):
+    return x.new_empty(x.shape if h is not None else (0,)), x.new_empty(x.shape)
 
 
 @torch.library.custom_op("imf_kernels::modulated_layer_norm_backward", mutates_args=())
 def _op_backward(
-    grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float
+    grad_out: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    row_of: Tensor | None,
+    longest: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, x = grad.contiguous(), x.contiguous()
+    grad_out, grad_y, x, h = contiguous(grad_out, grad_y, x, h)
+    if _has_cpp(x, h, gate, scale) and not dispatch.runs_triton(x):
+        return torch.ops.imf_kernels.modulated_layer_norm_backward_cpu(
+            grad_out, grad_y, x, h, gate, scale, starts, lengths, eps
+        )
+    rows = _layout(starts, lengths, row_of, longest)
     run = _launch_backward if dispatch.runs_triton(x) else _reference_backward
-    return run(grad, x, shift, scale, eps)
+    return run(grad_out, grad_y, x, h, gate, scale, rows, eps)
 
 
 @_op_backward.register_fake
-def _(grad, x, shift, scale, eps):
-    return x.new_empty(x.shape), shift.new_empty(shift.shape), scale.new_empty(scale.shape)
+def _(grad_out, grad_y, x, h, gate, scale, starts, lengths, row_of, longest, eps):
+    count = 1 if starts is None else starts.shape[0]
+    sums = x.new_empty((2 if h is None else 3, count, x.shape[1]), dtype=wide_dtype(x))
+    grad_h = x.new_empty(0) if h is None else h.new_empty(h.shape)
+    return x.new_empty(x.shape), grad_h, sums
+
+
+def _has_cpp(*tensors: Tensor | None) -> bool:
+    return dispatch.HAS_EXTENSION and all(
+        tensor is None or tensor.dtype == torch.float32 for tensor in tensors
+    )
 
 
 def _setup_context(ctx, inputs, output):
-    x, shift, scale, ctx.eps = inputs
-    ctx.save_for_backward(x, shift, scale)
+    x, h, gate, shift, scale, starts, lengths, row_of, ctx.longest, ctx.eps = inputs
+    ctx.save_for_backward(x if h is None else output[0], h, gate, scale, starts, lengths, row_of)
+    ctx.shift = shift.dtype, shift.shape[0]
 
 
-def _backward(ctx, grad):
-    return *_op_backward(grad, *ctx.saved_tensors, ctx.eps), None
+def _backward(ctx, grad_out, grad_y):
+    saved = ctx.saved_tensors  # once: checkpointing recomputes at every access
+    _, h, gate, scale, *_ = saved
+    grad_x, grad_h, sums = _op_backward(grad_out, grad_y, *saved, ctx.longest, ctx.eps)
+    grad_shift, grad_scale, *grad_gate = sums
+
+    def shared(grad, dtype, rows):
+        return (grad if len(grad) == rows else grad.sum(0, keepdim=True)).to(dtype)
+
+    return (
+        grad_x,
+        None if h is None else grad_h,
+        None if gate is None else shared(grad_gate[0], gate.dtype, len(gate)),
+        shared(grad_shift, *ctx.shift),
+        shared(grad_scale, scale.dtype, len(scale)),
+        *[None] * 5,
+    )
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+def modulated_layer_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, rows: Rows | None = None, eps: float = 1e-6
+) -> Tensor:
     """`norm(x) * (1 + scale) + shift`, computed in float32, returned in `x`'s dtype.
 
     Args:
-        x: `(B, N, D)`, floating.
-        shift, scale: `(B, D)`, any row stride, unit stride along D.
+        x: `(T, D)`, floating: the frames of a batch.
+        shift, scale: `(R, D)`, or `(1, D)` for all rows; any row stride, unit stride along D.
+        rows: Where the R rows lie among the T frames; frames of no row give 0. None: all frames
+            are one row.
         eps: Added to the variance.
 
     Gradients pass to all three tensors, deterministically.
@@ -212,10 +414,55 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1
     Raises:
         ValueError, TypeError: naming the argument, the expected and the given value.
     """
-    checks.shape("x", x, "B", "N", "D")
+    return _run(x, None, None, shift, scale, rows, eps)[1]
+
+
+def gated_residual_norm(
+    x: Tensor,
+    h: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Rows | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """`x' = x + gate * h` and `modulated_layer_norm(x', shift, scale)`, in one pass.
+
+    Args:
+        x: Residual stream `(T, D)`, floating.
+        h: Branch output `(T, D)`, floating (under autocast it may differ from `x`).
+        gate: As `shift` and `scale`.
+
+    The other arguments, the gradients (to all five tensors) and the errors are those of
+    `modulated_layer_norm`. x' is rounded to `x`'s dtype before it is normalised.
+
+    Returns:
+        `(x', y)`, both `(T, D)` in `x`'s dtype.
+    """
+    checks.shape("h", h, *x.shape)
+    checks.floating("h", h)
+    checks.same_device("h", h, x.device)
+    return _run(x, h, gate, shift, scale, rows, eps)
+
+
+def _run(
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Rows | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    checks.shape("x", x, "T", "D")
     checks.floating("x", x)
-    check_modulation("shift", shift, x)
-    check_modulation("scale", scale, x)
-    if not dispatch.use_kernel(x, shift, scale):
-        return reference(x, shift, scale, eps)
-    return _op(x, shift, scale, eps)
+    if rows is not None:
+        check_rows(rows, x)
+    for name, modulation in (("gate", gate), ("shift", shift), ("scale", scale)):
+        if modulation is not None:
+            check_modulation(name, modulation, x, rows)
+    cpp = all(a is None or a.dtype == torch.float32 for a in (x, h, gate, shift, scale))
+    if not dispatch.use_kernel(x, h, gate, shift, scale, cpp=cpp):
+        return reference(x, h, gate, shift, scale, rows, eps)
+    layout = (None, None, None, 0) if rows is None else rows
+    return _op(x, h, gate, shift, scale, *layout, eps)

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from imf_kernels import grids, sampler
+from imf_kernels import backend, dispatch, grids, sampler
 from imf_kernels.models import Conditioning, DiT, DiTConfig, TextConfig
 from tests.models.tools import (
     VARIANTS,
@@ -169,7 +169,8 @@ def test_guided_shares_the_state_and_drops_the_conditions(variant):
 
 def test_conditioning_is_what_it_declares(variant):
     model = small_model(variant)
-    cond = model.prepare(**conditions(model, [30, 22]), guided=True, streaming=True)
+    given = conditions(model, [30, 22])
+    cond = model.prepare(**given, guided=True, streaming=True, upstream_padding=True)
     assert cond.keys() == model.specs.keys()
     for name, tensor in cond.items():
         spec = model.specs[name]
@@ -366,3 +367,70 @@ def test_compiles_without_graph_breaks(variant):
         with torch.no_grad():
             cond = model.prepare(**given, guided=True)
             torch.testing.assert_close(compiled(x, t, r, cond), model(x, t, r, cond))
+
+
+class Adapter(torch.nn.Module):
+    """A layer of somebody else in a linear layer's place."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return 2 * self.layer(x)
+
+
+@pytest.mark.parametrize(
+    "where", ["attn.to_q", "attn.to_v", "attn.to_out.0", "ff.ff.0.0", "ff.ff.2"]
+)
+@pytest.mark.parametrize("how", ["adapter", "hook"])
+def test_adapters_and_hooks_are_heard(where, how):
+    model, same = small_model("f5_v1"), small_model("f5_v1")
+    block = model.transformer_blocks[1]
+    layer, twin = block.get_submodule(where), same.transformer_blocks[1].get_submodule(where)
+    with torch.no_grad():
+        twin.weight *= 2
+        twin.bias *= 2
+    if how == "adapter":
+        parent, _, name = where.rpartition(".")
+        setattr(block.get_submodule(parent), name, Adapter(layer))
+    else:
+        layer.register_forward_hook(lambda module, args, y: 2 * y)
+    cond, x, t = model.prepare(**conditions(model, [30])), torch.randn(1, 30, 12), torch.zeros(1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, t, t, cond), same(x, t, t, cond), rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointed_activations_change_no_gradient(variant):
+    model = small_model(variant).student().train()
+    given = conditions(model, [30, 22])
+    x, t, r = torch.randn(2, 30, 12), torch.zeros(2), torch.ones(2)
+
+    def gradients():
+        model.zero_grad()
+        cond = model.prepare(**given)
+        model(x, t, r, cond).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = gradients()
+    model.checkpoint_activations = True
+    for got, want in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="no triton")
+@pytest.mark.parametrize("switches", [{}, {"qk_norm": True, "long_skip": True}])
+def test_kernels_and_reference_agree(variant, switches):
+    """The whole model, forward and backward, with every fused kernel."""
+    model = small_model(variant, heads=1, head_dim=32, **switches).student().train()
+    given, streaming = conditions(model, [30, 22]), variant == "cosyvoice3"
+    x, t, r = torch.randn(2, 30, 12), torch.zeros(2), torch.ones(2)
+    results = []
+    for name in ("triton", "reference"):
+        model.zero_grad()
+        with backend(name):
+            v = model(x, t, r, model.prepare(**given, streaming=streaming))
+            v.square().sum().backward()
+        results.append([v.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for got, want in zip(*results, strict=True):
+        assert relative_rms(got, want) <= 1e-4

@@ -42,8 +42,8 @@ def solve(model, noise, cond, grid, tables, guidance=None):
 def test_tables_solve_as_the_live_model_does(student, nfe, guidance):
     cond = student.prepare(**conditions(student, LENGTHS), guided=guidance is not None)
     noise, grid = torch.randn(2, 40, 12), grids.sway(nfe)
+    expected = sample(student, noise, cond, grid, guidance=guidance, grad=True)
     with torch.no_grad():
-        expected = sample(student, noise, cond, grid, guidance=guidance)
         tables = tables_of(student, grid)
         assert tables.blocks.shape == (nfe, 1, 2, 6, 32)
         assert tables.final.shape == (nfe, 1, 2, 32)
@@ -62,7 +62,8 @@ def test_rows_may_have_their_own_times(student):
         tables = student.tables(t, r)
         assert tables.blocks.shape == (2, 2, 2, 6, 32)
         for k in range(2):
-            expected = student(x, t[k], r[k], cond)
+            with torch.enable_grad():
+                expected = student(x, t[k], r[k], cond)
             assert relative_rms(student.evaluate(x, tables.at(k), cond), expected) <= 1e-5
 
 
@@ -90,14 +91,20 @@ class TestFusedStorage:
     def test_parameters_keep_their_names_and_lie_in_it(self, student):
         names = list(student.state_dict())
         before = copy.deepcopy(student.state_dict())
-        weight, bias = student.fuse_adaln()
-        assert student.fuse_adaln()[0] is weight, "the second call copies nothing"
+        student.fuse_weights()
+        weight, bias = student._fused_adaln.whole
+        student.fuse_weights()
+        assert student._fused_adaln.whole[0] is weight, "the second call copies nothing"
         assert list(student.state_dict()) == names
         for name, value in student.state_dict().items():
             assert torch.equal(value, before[name])
         first = student.transformer_blocks[0].attn_norm.linear
         assert first.weight.data_ptr() == weight.data_ptr()
         assert first.bias.data_ptr() == bias.data_ptr()
+        attn = student.transformer_blocks[1].attn
+        whole = attn._fused.whole[0]
+        assert torch.equal(whole, torch.cat([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight]))
+        assert attn.to_q.weight.data_ptr() == whole.data_ptr()
 
     def test_in_place_updates_are_seen(self, student):
         grid = grids.uniform(2)
@@ -115,7 +122,7 @@ class TestFusedStorage:
     @pytest.mark.parametrize("change", ["cast", "copy", "assign", "one layer"])
     def test_is_made_anew_where_parameters_have_left_it(self, student, change):
         grid = grids.uniform(2)
-        student.fuse_adaln()
+        student.fuse_weights()
         if change == "cast":
             student = student.double().float()
         elif change == "copy":
@@ -135,7 +142,7 @@ class TestFusedStorage:
         assert torch.equal(tables_of(student, grid).blocks, tables_of(fresh, grid).blocks)
 
     def test_a_state_dict_still_saves(self, student, tmp_path):
-        student.fuse_adaln()
+        student.fuse_weights()
         save_file(student.state_dict(), tmp_path / "student.safetensors")
         fresh = DiT(student.config)
         fresh.load_state_dict(load_file(tmp_path / "student.safetensors"))
@@ -143,7 +150,7 @@ class TestFusedStorage:
             assert torch.equal(fresh.state_dict()[name], value)
 
     def test_training_goes_on(self, student):
-        student.fuse_adaln()
+        student.fuse_weights()
         cond = student.prepare(**conditions(student, LENGTHS))
         x = torch.randn(2, 40, 12)
         student(x, torch.zeros(2), torch.ones(2), cond).square().sum().backward()

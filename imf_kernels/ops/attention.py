@@ -1,0 +1,208 @@
+"""Attention within the rows of a batch, padded or packed, from packed q, k, v.
+
+    out[i] = sum_j softmax_j(scale q[i] . k[j]) v[j]        j over the frames that i sees
+
+A frame sees its row's frames; with `chunk`, those of its own block of that many frames and of all
+blocks before it (block-causal streaming). Both follow from lengths: no mask exists anywhere. A
+row's result is bitwise that of the row alone, whatever its neighbours and its place.
+(Online softmax and its backward: FlashAttention-2, arXiv 2307.08691.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from imf_kernels import checks, dispatch, masks
+from imf_kernels.ops import _attention_kernels as kernels
+from imf_kernels.ops._dtypes import wide
+from imf_kernels.ops._rows import check_rows, selected
+from imf_kernels.rows import Rows
+
+
+def reference(qkv: Tensor, rows: Rows, chunk: Tensor | None, scale: float) -> Tensor:
+    """Plain PyTorch, the specification: rows side by side, with a mask."""
+    if rows.starts.shape[0] == 0:
+        return selected(qkv[:, 0], rows)
+    longest, device = rows.longest, qkv.device
+    place = torch.arange(longest, device=device)
+    frame = (rows.starts[:, None] + place).clamp(max=max(qkv.shape[0] - 1, 0))
+    q, k, v = wide(selected(qkv, rows))[frame].movedim(1, 3).unbind(1)  # (R, H, N, head_dim)
+    sees = masks.inside(rows.lengths, longest)[:, None, :]
+    if chunk is not None:
+        block = place // chunk[:, None]
+        sees = sees & (block[:, None, :] <= block[:, :, None])
+    scores = (scale * q @ k.mT).masked_fill(~sees[:, None], -torch.inf)
+    out = (scores.softmax(-1) @ v).transpose(1, 2)
+    row = rows.row_of.clamp(min=0)
+    position = (torch.arange(qkv.shape[0], device=device) - rows.starts[row]).clamp(0, longest - 1)
+    return selected(out[row, position].to(qkv.dtype), rows)
+
+
+def _pieces(starts: Tensor, lengths: Tensor, chunk: Tensor | None) -> Iterator[tuple[slice, slice]]:
+    """Queries and the keys that all of them see, on the CPU: whole rows, or a row's blocks."""
+    blocks = [None] * len(starts) if chunk is None else chunk.tolist()
+    for start, length, block in zip(starts.tolist(), lengths.tolist(), blocks, strict=True):
+        for first in range(0, length, block or max(length, 1)):
+            last = min(first + (block or length), length)
+            yield slice(start + first, start + last), slice(start, start + last)
+
+
+def _even(frames: int, starts: Tensor, lengths: Tensor, chunk: Tensor | None) -> bool:
+    """Whether rows of one length fill the frames, so that one call can take them all."""
+    length = frames // max(len(starts), 1)
+    return (
+        chunk is None
+        and lengths.tolist() == [length] * len(starts)
+        and starts.tolist() == list(range(0, frames, max(length, 1)))
+    )
+
+
+def _heads(x: Tensor, rows: int = 1) -> Tensor:
+    """`(T, H, head_dim)` as `(rows, H, T / rows, head_dim)`."""
+    return x.unflatten(0, (rows, -1)).transpose(1, 2)
+
+
+def _cpu_forward(
+    qkv: Tensor, starts: Tensor, lengths: Tensor, chunk: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    frames, _, heads, width = qkv.shape
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    q, k, v = qkv.unbind(1)
+    if frames and _even(frames, starts, lengths, chunk):
+        parts = (_heads(x, len(starts)) for x in (q, k, v))
+        out, lse = flash(*parts, scale=scale)
+        lse = lse.transpose(0, 1).reshape(heads, frames)
+        return out.transpose(1, 2).reshape(frames, heads, width), lse
+    out = qkv.new_zeros(frames, heads, width)
+    lse = qkv.new_zeros(heads, frames, dtype=wide(qkv[:0]).dtype)
+    for queries, keys in _pieces(starts, lengths, chunk):
+        piece, sums = flash(_heads(q[queries]), _heads(k[keys]), _heads(v[keys]), scale=scale)
+        out[queries] = piece[0].transpose(0, 1)
+        lse[:, queries] = sums[0]
+    return out, lse
+
+
+def _cpu_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    chunk: Tensor | None,
+    scale: float,
+) -> Tensor:
+    back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    q, k, v = qkv.unbind(1)
+    grad_qkv = qkv.new_zeros(qkv.shape)
+    for queries, keys in _pieces(starts, lengths, chunk):
+        ends = (_heads(grad[queries]), _heads(q[queries]), _heads(k[keys]), _heads(v[keys]))
+        sums = lse[None, :, queries].contiguous()
+        parts = back(*ends, _heads(out[queries]), sums, 0.0, False, scale=scale)
+        for section, span, part in zip(range(3), (queries, keys, keys), parts, strict=True):
+            grad_qkv[span, section] += part[0].transpose(0, 1)
+    return grad_qkv
+
+
+@torch.library.custom_op("imf_kernels::attention", mutates_args=())
+def _op(
+    qkv: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    row_of: Tensor,
+    longest: int,
+    chunk: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The result, and the logarithm of every softmax's sum (in the units of its path)."""
+    qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
+    if dispatch.runs_triton(qkv):
+        return kernels.forward(qkv, Rows(starts, lengths, row_of, longest), chunk, scale)
+    return _cpu_forward(qkv, starts, lengths, chunk, scale)
+
+
+@_op.register_fake
+def _(qkv, starts, lengths, row_of, longest, chunk, scale):
+    frames, _, heads, width = qkv.shape
+    sums = torch.promote_types(qkv.dtype, torch.float32)
+    return qkv.new_empty((frames, heads, width)), qkv.new_empty((heads, frames), dtype=sums)
+
+
+@torch.library.custom_op("imf_kernels::attention_backward", mutates_args=())
+def _op_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    row_of: Tensor,
+    longest: int,
+    chunk: Tensor | None,
+    scale: float,
+) -> Tensor:
+    qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
+    if dispatch.runs_triton(qkv):
+        rows = Rows(starts, lengths, row_of, longest)
+        return kernels.backward(grad.contiguous(), qkv, out, lse, rows, chunk, scale)
+    return _cpu_backward(grad, qkv, out, lse, starts, lengths, chunk, scale)
+
+
+@_op_backward.register_fake
+def _(grad, qkv, out, lse, starts, lengths, row_of, longest, chunk, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    qkv, starts, lengths, row_of, ctx.longest, chunk, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(qkv, *output, starts, lengths, row_of, chunk)
+
+
+def _backward(ctx, grad, _):
+    *tensors, chunk = ctx.saved_tensors
+    return _op_backward(grad, *tensors, ctx.longest, chunk, ctx.scale), *[None] * 6
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def attention(
+    qkv: Tensor, rows: Rows, chunk: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Softmax attention of every frame to the frames of its row that it sees.
+
+    Args:
+        qkv: Queries, keys and values `(T, 3, H, head_dim)`, floating; any strides.
+        rows: Where the rows lie among the T frames. Frames of no row are never read and give 0.
+        chunk: Integer `(R,)`: frames per block of the block-causal mask; None: full attention.
+        scale: Of the scores; by default `1 / sqrt(head_dim)`.
+
+    Returns:
+        `(T, H, head_dim)`, contiguous, in the dtype of `qkv`; scores and sums are float32.
+
+    Gradients pass to `qkv`, deterministically.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the expected and the given value.
+    """
+    checks.shape("qkv", qkv, "T", 3, "H", "head_dim")
+    checks.floating("qkv", qkv)
+    check_rows(rows, qkv)
+    if chunk is not None:
+        checks.shape("chunk", chunk, rows.starts.shape[0])
+        checks.dtype("chunk", chunk, torch.int64, torch.int32)
+        checks.same_device("chunk", chunk, qkv.device)
+    scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else float(scale)
+    if not (_has_path(qkv) and dispatch.use_kernel(qkv, aten=True)):
+        return reference(qkv, rows, chunk, scale)
+    return _op(qkv, *rows, chunk, scale)[0]
+
+
+def _has_path(qkv: Tensor) -> bool:
+    triton = qkv.is_cuda or dispatch.forced() == "triton"
+    return kernels.can_use(qkv) if triton else True
