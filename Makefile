@@ -16,7 +16,7 @@ installed := $(VENV)/.imf_kernels-installed
 log := $(VENV)/imf_kernels-install.log
 results = benchmarks/results/$(shell $(py) -c "import torch; print(torch.cuda.get_device_name().replace(' ', '_'))")
 
-.PHONY: help demo test test-build test-gpu bench-gpu lint clean
+.PHONY: help demo test test-build test-gpu bench-cpu bench-gpu count kernels lint clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,6 +37,20 @@ bench-gpu: $(installed) ## Whole-solver graphs on a CUDA device, into benchmarks
 	$(py) -m benchmarks.solver_graphs --columns eager ours --out $(results)/solver_graphs.json $(ARGS)
 	$(py) -m benchmarks.solver_graphs --seconds 1 10 --prompt 3.3 --batch 1 --nfe 3 \
 		--out $(results)/solver_graphs_compiled.json $(ARGS)
+
+# f5-tts without its dependencies, of which a solve needs these; torchaudio may fail to load
+bench-cpu: $(installed) ## F5-TTS's own sampler against ours on this CPU (10 minutes)
+	$(py) -m pip install -q --no-deps f5-tts==1.1.22 torchaudio
+	$(py) -m pip install -q -c constraints.txt torchdiffeq x-transformers librosa ema-pytorch \
+		accelerate wandb datasets rjieba pypinyin
+	OMP_NUM_THREADS=2 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1000000000 \
+		$(py) -m benchmarks.f5_sampler --out benchmarks/results/cpu/f5_sampler.json $(ARGS)
+
+count: $(installed) ## Operations, FLOPs and bytes of one evaluation, beside F5-TTS's own
+	$(py) -m benchmarks.count $(ARGS)
+
+kernels: $(installed) ## Registers, stack and shared memory of every kernel, compiled without a GPU
+	$(py) -m benchmarks.kernels $(ARGS)
 
 lint: $(installed) ## Style, formatting and types
 	$(py) -m ruff check

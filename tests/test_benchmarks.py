@@ -1,6 +1,9 @@
 """The benchmarks run and report what they say they do; no figure is asserted."""
 
+import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -68,3 +71,47 @@ def test_contenders_take_turns():
     )
     assert "".join(turns) == "ab" + "ab" * 3
     assert times["a"].low <= times["a"].median <= times["a"].high
+
+
+def test_operations_of_an_evaluation(tmp_path):
+    """At most 8 a block and 210 in all, at the depth of F5 base; the count is exact."""
+    out = tmp_path / "count.json"
+    command = [sys.executable, "-m", "benchmarks.count", "--dim", "64", "--out", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = {k: v for k, v in json.loads(out.read_text()).items() if v is not None}
+    ours = {name: row for name, row in rows.items() if "own" not in name}
+    assert len(ours) == 6
+    for row in ours.values():
+        assert row["a block"] <= 8
+        assert row["operations"] <= 210
+        assert row["names"]["imf_kernels.attention.default"] == 22
+
+
+def test_flops_of_an_evaluation():
+    """Counted and derived FLOPs agree: 0.61 TFLOP at F5 base's sizes and 10 s after a prompt."""
+    code = (
+        "from benchmarks.count import ours; "
+        "print(ours('f5_v1', False, 1250, dim=1024, depth=22, heads=16).flops)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(run.stdout) == pytest.approx(0.61e12, rel=0.03)
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("f5_tts", "torchdiffeq")),
+    reason="f5-tts is not installed (make bench-cpu)",
+)
+def test_f5_sampler(tmp_path, monkeypatch):
+    from benchmarks import f5_sampler
+
+    out = tmp_path / "f5_sampler.json"
+    arguments = f"--size tiny --seconds 0.5 --nfe 5 --rounds 2 --out {out}"
+    monkeypatch.setattr("sys.argv", ["f5_sampler", *arguments.split()])
+    threads = torch.get_num_threads()
+    f5_sampler.main()
+    torch.set_num_threads(threads)
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 3
+    assert all(row["max_abs_difference"] <= 1e-4 for row in rows[:2])
+    assert all(row["ratio"] > 0 for row in rows)

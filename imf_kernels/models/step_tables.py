@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from imf_kernels.ops.linear import linear
 
 
 class Modulation(NamedTuple):
@@ -54,6 +55,6 @@ def linear_float32(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             low = (x - high.float()).to(weight.dtype)
             parts = torch.mm(torch.cat([high, low]), weight.t(), out_dtype=torch.float32)
             return parts[: len(x)] + parts[len(x) :] + bias.float()
-        slices = [F.linear(x, part.float()) for part in weight.split(8 * weight.shape[1])]
+        slices = [linear(x, part.float(), None) for part in weight.split(8 * weight.shape[1])]
         return torch.cat(slices, dim=-1) + bias.float()
-    return F.linear(x, weight.float(), bias.float())
+    return linear(x, weight.float(), bias.float())

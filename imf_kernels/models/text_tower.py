@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from imf_kernels.models import linears
 from imf_kernels.models.config import TextConfig
 
 
@@ -45,8 +46,9 @@ class ConvNeXtV2Block(nn.Module):
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
         h = self.dwconv(x.transpose(1, 2)).transpose(1, 2)
-        h = self.grn(F.gelu(self.pwconv1(self.norm(h))), inside)
-        return x + self.pwconv2(h)
+        h = linears.apply(self.pwconv1, self.norm(h).flatten(0, 1)).view(*x.shape[:2], -1)
+        h = self.grn(F.gelu(h), inside)
+        return x + linears.apply(self.pwconv2, h.flatten(0, 1)).view_as(x)
 
 
 class TextTower(nn.Module):

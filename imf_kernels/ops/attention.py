@@ -10,6 +10,7 @@ row's result is bitwise that of the row alone, whatever its neighbours and its p
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -51,39 +52,40 @@ def _pieces(starts: Tensor, lengths: Tensor, chunk: Tensor | None) -> Iterator[t
             yield slice(start + first, start + last), slice(start, start + last)
 
 
-def _even(frames: int, starts: Tensor, lengths: Tensor, chunk: Tensor | None) -> bool:
-    """Whether rows of one length fill the frames, so that one call can take them all."""
-    length = frames // max(len(starts), 1)
-    return (
-        chunk is None
-        and lengths.tolist() == [length] * len(starts)
-        and starts.tolist() == list(range(0, frames, max(length, 1)))
-    )
-
-
-def _heads(x: Tensor, rows: int = 1) -> Tensor:
-    """`(T, H, head_dim)` as `(rows, H, T / rows, head_dim)`."""
-    return x.unflatten(0, (rows, -1)).transpose(1, 2)
+def _heads(x: Tensor) -> Tensor:
+    """`(T, H, head_dim)` as `(1, H, T, head_dim)`."""
+    return x[None].transpose(1, 2)
 
 
 def _cpu_forward(
     qkv: Tensor, starts: Tensor, lengths: Tensor, chunk: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     frames, _, heads, width = qkv.shape
+    full = int(lengths.sum()) == frames
+    out = (torch.empty if full else torch.zeros)(frames, heads, width, dtype=qkv.dtype)
+    lse = torch.zeros(heads, frames, dtype=wide(qkv[:0]).dtype)
+    pieces = list(_pieces(starts, lengths, chunk))
+    if _has_cpp(qkv):
+        spans = [(q.start, q.stop, k.start) for q, k in pieces]
+        bounds = [list(bound) for bound in zip(*spans, strict=True)] or [[], [], []]
+        torch.ops.imf_kernels.attention_cpu(qkv, *bounds, scale, out, lse)
+        return out, lse
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     q, k, v = qkv.unbind(1)
-    if frames and _even(frames, starts, lengths, chunk):
-        parts = (_heads(x, len(starts)) for x in (q, k, v))
-        out, lse = flash(*parts, scale=scale)
-        lse = lse.transpose(0, 1).reshape(heads, frames)
-        return out.transpose(1, 2).reshape(frames, heads, width), lse
-    out = qkv.new_zeros(frames, heads, width)
-    lse = qkv.new_zeros(heads, frames, dtype=wide(qkv[:0]).dtype)
-    for queries, keys in _pieces(starts, lengths, chunk):
+    for queries, keys in pieces:
         piece, sums = flash(_heads(q[queries]), _heads(k[keys]), _heads(v[keys]), scale=scale)
         out[queries] = piece[0].transpose(0, 1)
         lse[:, queries] = sums[0]
     return out, lse
+
+
+@functools.cache
+def _cpp_runs() -> bool:
+    return dispatch.HAS_EXTENSION and torch.ops.imf_kernels.attention_cpu_runs()
+
+
+def _has_cpp(qkv: Tensor) -> bool:
+    return qkv.shape[3] == 64 and qkv.dtype == torch.float32 and _cpp_runs()
 
 
 def _cpu_backward(

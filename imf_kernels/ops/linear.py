@@ -41,7 +41,7 @@ def _recorded(*tensors: Tensor | None) -> bool:
     assert x is not None
     return (
         torch.compiler.is_compiling()
-        or torch.is_autocast_enabled(x.device.type)
+        or (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type))
         or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
     )
 

@@ -1,0 +1,200 @@
+"""F5-TTS's own sampler against this library's, on the CPU, with the same weights in one process.
+
+    python -m benchmarks.f5_sampler --out benchmarks/results/cpu/f5_sampler.json
+
+Needs PyPI's `f5-tts` (`make bench-cpu` installs it). Sizes of F5TTS_v1_Small with random weights,
+float32, 2 threads, 5 s of speech, 1.6 s of them the prompt. Two comparisons, contenders in turn:
+
+    equal      3 guided evaluations each (and 3 unguided), the results equal to 1e-4
+    default    the client's 32 guided evaluations against a student's 3 unguided ones, both with
+               everything that a call does: text tower, prompt, noise
+
+Freed activations are kept by the process for all contenders alike: `make bench-cpu` sets
+MALLOC_TRIM_THRESHOLD_, without which the C library gives them back and faults them in again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.machinery
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import imf_kernels
+from benchmarks.timing import interleaved
+from imf_kernels import grids, guidance, sampler
+from imf_kernels.files import replacing
+from imf_kernels.models import DiT
+
+SIZES = {
+    "small": {"dim": 768, "depth": 18, "heads": 12, "text_dim": 512, "conv_layers": 4},
+    "tiny": {"dim": 64, "depth": 2, "heads": 1, "text_dim": 32, "conv_layers": 2},
+}
+FRAMES_A_SECOND = 93.75
+PROMPT_SHARE = 0.32
+STRENGTH = 2.0  # the client's cfg_strength
+
+
+def client_classes() -> tuple[Any, Any]:
+    """F5-TTS's `CFM` and `DiT`; without a torchaudio that fits this torch, in spite of it.
+
+    torchaudio serves the client's mel extraction only, which is not part of a solve.
+    """
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError):
+        for name in ("torchaudio", "torchaudio.transforms"):
+            stand_in = types.ModuleType(name)
+            stand_in.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            sys.modules[name] = stand_in
+    from f5_tts.model import CFM
+    from f5_tts.model import DiT as ClientDiT
+
+    return CFM, ClientDiT
+
+
+class Contenders:
+    """The client and this library on the same weights, prompt and text."""
+
+    def __init__(self, size: str, seconds: float) -> None:
+        torch.manual_seed(0)
+        cfm, dit = client_classes()
+        net = dit(ff_mult=2, text_num_embeds=2545, mel_dim=100, **SIZES[size])
+        for parameter in net.parameters():
+            if not parameter.any():  # an untrained one would answer 0
+                torch.nn.init.normal_(parameter, std=0.02)
+        self.client = cfm(transformer=net, mel_spec_kwargs={"n_mel_channels": 100}).eval()
+        self.model = DiT.from_state_dict(net.state_dict(), "f5_v1").eval()
+        self.frames = round(seconds * FRAMES_A_SECOND)
+        self.prompt = torch.randn(1, round(PROMPT_SHARE * self.frames), 100)
+        self.text = torch.randint(0, 2545, (1, round(14 * seconds)))
+
+    def theirs(self, nfe: int, strength: float) -> Tensor:
+        with torch.inference_mode():
+            mel, _ = self.client.sample(
+                self.prompt,
+                self.text,
+                self.frames,
+                steps=nfe,
+                cfg_strength=strength,
+                sway_sampling_coef=-1,
+                seed=0,
+            )
+        return mel
+
+    def ours(self, nfe: int, strength: float) -> Tensor:
+        with torch.inference_mode():
+            torch.manual_seed(0)
+            noise = torch.randn(1, self.frames, 100)
+            prompt = torch.zeros(1, self.frames, 100)
+            prompt[:, : self.prompt.shape[1]] = self.prompt
+            cond = self.model.prepare(prompt, text=self.text, guided=strength > 0)
+            w = guidance.from_f5(strength) if strength > 0 else None
+            mel = sampler.sample(self.model, noise, cond, grids.sway(nfe), guidance=w)
+            mel[:, : self.prompt.shape[1]] = self.prompt
+        return mel
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(args.threads)
+    pair = Contenders(args.size, args.seconds)
+    cpu = torch.device("cpu")
+    rows = []
+    for strength in (STRENGTH, 0.0):
+        error = float((pair.theirs(3, strength) - pair.ours(3, strength)).abs().max())
+        times = interleaved(
+            {
+                "client": lambda s=strength: pair.theirs(3, s),
+                "ours": lambda s=strength: pair.ours(3, s),
+            },
+            cpu,
+            args.rounds,
+            warm_ups=1,
+        )
+        kind = "equal, guided" if strength else "equal, unguided"
+        rows.append(_row(kind, times, error))
+    times = interleaved(
+        {"client": lambda: pair.theirs(args.nfe, STRENGTH), "ours": lambda: pair.ours(3, 0.0)},
+        cpu,
+        max(args.rounds // 3, 1),
+        warm_ups=1,
+    )
+    rows.append(_row(f"default, {args.nfe} guided to 3", times, None))
+    packages = ("torch", "f5-tts", "torchdiffeq", "x-transformers")
+    return {
+        "cpu": cpu_name(),
+        "threads": args.threads,
+        "size": args.size,
+        "seconds": args.seconds,
+        "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
+        "versions": {
+            "python": platform.python_version(),
+            "imf_kernels": imf_kernels.__version__,
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+        "backends": imf_kernels.backends(),
+        "command": shlex.join(["python", "-m", "benchmarks.f5_sampler", *sys.argv[1:]]),
+        "rows": rows,
+    }
+
+
+def cpu_name() -> str:
+    """The processor, and the widest vectors that PyTorch takes it for."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{names[0] if names else platform.processor()} ({capability})"
+
+
+def _row(kind: str, times: dict[str, Any], error: float | None) -> dict[str, Any]:
+    wrong = error is not None and not error <= 1e-4
+    ratio = times["client"].median / times["ours"].median
+    return {
+        "comparison": kind,
+        "ms": {name: value._asdict() for name, value in times.items()},
+        "max_abs_difference": error,
+        "ratio": None if wrong else ratio,
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    ms = row["ms"]
+    ratio = "WRONG" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+    return (
+        f"{row['comparison']:<26}{ms['client']['median']:>10.0f} ms"
+        f"{ms['ours']['median']:>10.0f} ms{ratio:>10}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", default="small", choices=SIZES)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--nfe", type=int, default=32, help="of the client's default")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    args = parser.parse_args()
+    results = run(args)
+    print(f"{'':<26}{'F5-TTS':>13}{'ours':>13}")
+    for row in results["rows"]:
+        print(line(row))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(args.out) as temporary:
+            temporary.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
