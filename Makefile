@@ -16,7 +16,7 @@ installed := $(VENV)/.imf_kernels-installed
 log := $(VENV)/imf_kernels-install.log
 results = benchmarks/results/$(shell $(py) -c "import torch; print(torch.cuda.get_device_name().replace(' ', '_'))")
 
-.PHONY: help demo test test-build test-gpu bench-cpu bench-gpu count kernels lint clean
+.PHONY: help demo test test-build test-gpu bench-cpu bench-gpu bench-gpu-full count kernels lint clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,6 +37,9 @@ bench-gpu: $(installed) ## Whole-solver graphs on a CUDA device, into benchmarks
 	$(py) -m benchmarks.solver_graphs --columns eager ours --out $(results)/solver_graphs.json $(ARGS)
 	$(py) -m benchmarks.solver_graphs --seconds 1 10 --prompt 3.3 --batch 1 --nfe 3 \
 		--out $(results)/solver_graphs_compiled.json $(ARGS)
+
+bench-gpu-full: $(installed) ## The same, every column for every shape (hours: it compiles each)
+	$(py) -m benchmarks.solver_graphs --out $(results)/solver_graphs_full.json $(ARGS)
 
 # f5-tts without its dependencies, of which a solve needs these; torchaudio may fail to load
 bench-cpu: $(installed) ## F5-TTS's own sampler against ours on this CPU (10 minutes)

@@ -85,9 +85,14 @@ def table(buckets: Iterable[tuple[int, int]]) -> tuple[Bucket, ...]:
     """Checked buckets, each once, the largest first: captures then reuse each other's memory.
 
     Raises:
-        ValueError: no buckets, or rows or frames that are not positive.
+        ValueError: no buckets, packed ones (no sampler takes them yet), or rows or frames that are
+            not positive.
     """
-    made = {Bucket(*bucket) for bucket in buckets}
+    made = set()
+    for bucket in buckets:
+        if len(bucket) != 2:
+            raise ValueError(f"buckets: expected (rows, frames), got {tuple(bucket)}")
+        made.add(Bucket(*bucket))
     if not made:
         raise ValueError("buckets: expected at least one (rows, frames), got none")
     for bucket in made:

@@ -8,6 +8,7 @@ import itertools
 import math
 import threading
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,6 +133,8 @@ class Engine:
             for slot in (runtime.slot_on(self.device) for _ in range(slots))
             if slot is not None
         ]
+        self._give_up = weakref.finalize(self, _give_up, self.stations)
+        self._give_up.atexit = False  # CUDA may be gone by then
         self._fix_weights()
 
     def _fix_weights(self) -> None:
@@ -187,28 +190,34 @@ class Engine:
             return Fallback("conditioning", f"of {given} instead of {sorted(self.names)}")
         return None
 
-    def check(self, given: Mapping[str, Any]) -> None:
-        """Refuse what must never be answered: closed, moved weights, other devices, gradients."""
-        self._check_open()
+    def check(self, given: Mapping[str, Any], cond: Any = None) -> None:
+        """Refuse what must never be answered: closed, moved weights, other devices, and where
+        gradients are on, arguments that ask for them.
+
+        A conditioning is data: prepared while gradients are on, it always asks for them.
+        """
+        self.check_open()
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("expected no capture under way, the current stream is capturing")
         moved = self.fixed.moved()
-        if moved is not None and self.stations:
+        if moved is not None:
             raise RuntimeError(
                 f"model: expected weights where they were at construction, {moved!r} has moved or "
-                "was replaced: captured graphs would read its old storage. Call refresh()."
+                "was replaced: graphs and step tables know the old one. Call refresh()."
             )
-        for name, value in given.items():
+        prepared = cond if isinstance(cond, Mapping) else {}
+        for name, value in [*given.items(), *prepared.items()]:
             rows = value if isinstance(value, list | tuple) else [value]
             for tensor in (row for row in rows if isinstance(row, Tensor)):
                 checks.same_device(name, tensor, self.device)
-                if tensor.requires_grad and torch.is_grad_enabled():
+                asks = tensor.requires_grad and torch.is_grad_enabled()
+                if asks and name not in prepared:
                     raise ValueError(
                         f"{name}: expected a tensor without gradient, of which a graph passes none "
                         "(use imf_kernels.sampler.sample(..., grad=True))"
                     )
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
         if self.closed:
             raise RuntimeError("expected open graphs, these are closed")
 
@@ -219,7 +228,7 @@ class Engine:
         """The next station, in turn."""
         station = self.stations[next(self._turn) % len(self.stations)]
         with station.lock:
-            self._check_open()
+            self.check_open()
             yield station
 
     def buffer(
@@ -308,13 +317,21 @@ class Engine:
         return station.programs[key]
 
     def refresh(self) -> None:
-        """Forget derived copies; where weights have moved, the graphs as well."""
+        """Forget derived copies and failed captures; the graphs as well, where weights have moved
+        or another backend is on."""
         with contextlib.ExitStack() as stack:
             for station in self.stations:
                 stack.enter_context(station.lock)
                 station.loaded = None
-            if self.fixed.moved() is not None:
-                self._drop_graphs()
+                for key, program in list(station.programs.items()):
+                    if isinstance(program, Fallback):
+                        del station.programs[key]
+            if self.fixed.moved() is not None or dispatch.forced() != self.backend:
+                _give_up(self.stations)
+                for station in self.stations:  # a pool that was given up cannot come back
+                    slot = runtime.slot_on(self.device)
+                    assert slot is not None
+                    station.slot = slot
             self._fix_weights()
 
     def close(self) -> None:
@@ -323,11 +340,14 @@ class Engine:
             for station in self.stations:
                 stack.enter_context(station.lock)
             self.closed = True
-            self._drop_graphs()
+            self._give_up()
 
-    def _drop_graphs(self) -> None:
-        for station in self.stations:
-            station.programs.clear()
-            station.prepared.clear()
-            station.slot.close()
-            station.buffers.clear()
+
+def _give_up(stations: Sequence[Station]) -> None:
+    """Also what happens to an engine that nobody closed: nothing of it may be freed while it
+    runs."""
+    for station in stations:
+        station.programs.clear()
+        station.prepared.clear()
+        station.slot.close()
+        station.buffers.clear()

@@ -75,11 +75,20 @@ def check_conditions(
         elif len(value) != len(lengths):
             raise ValueError(f"{name}: expected {len(lengths)} rows, got {len(value)}")
         else:
-            for row in value:
+            for row, frames in zip(value, lengths, strict=True):
                 checks.shape(name, row, *map(_free, spec.dims[1:]))
+                _check_frames(name, row, spec, frames)
         for row in [value] if isinstance(value, Tensor) else value:
             if spec.dtype is not None and row.is_floating_point() != spec.dtype.is_floating_point:
                 raise TypeError(f"{name}: expected {spec.dtype}, got {row.dtype}")
+
+
+def _check_frames(name: str, row: Tensor, spec: TensorSpec, frames: int) -> None:
+    if "frames" in spec.dims:
+        given = row.shape[spec.dims.index("frames") - 1]
+        if given != frames and not (spec.short and given < frames):
+            wanted = f"at most {frames}" if spec.short else f"{frames}"
+            raise ValueError(f"{name}: expected {wanted} frames, as its noise has, got {given}")
 
 
 def _free(dim: str | int) -> str | int:
@@ -89,6 +98,8 @@ def _free(dim: str | int) -> str | int:
 def _check_lengths(value: Any, frames: Sequence[int]) -> None:
     if isinstance(value, Tensor):
         checks.lengths("lengths", value, len(frames), max(frames))
+        if checks.readable(value):
+            _check_lengths(value.tolist(), frames)
     elif value is not None and (
         len(value) != len(frames)
         or not all(1 <= length <= n for length, n in zip(value, frames, strict=True))

@@ -47,7 +47,7 @@ class Slot(Protocol):
         """Device memory of the slot's pool."""
 
     def close(self) -> None:
-        """Give up all graphs and the pool."""
+        """Give up all graphs, the pool and the stream; the slot is of no use afterwards."""
 
 
 def slot_on(device: torch.device) -> Slot | None:
@@ -69,7 +69,7 @@ class _TorchSlot:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = _own_stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self.holds_pool = False
         self.graphs: list[Any] = []
@@ -139,6 +139,26 @@ class _TorchSlot:
         if self.holds_pool:
             torch._C._cuda_releasePool(self.device.index, self.pool)
             self.holds_pool = False
+        _STREAMS.discard(self.stream.stream_id)
+
+
+_STREAMS: set[int] = set()
+"""Streams of open slots."""
+
+
+def _own_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that no other slot has.
+
+    PyTorch gives out 32 streams of a priority in turn, to whoever asks. Work of another thread on a
+    stream that is capturing would become part of the graph, hence the high priority, which
+    applications rarely ask for.
+    """
+    for _ in range(64):
+        stream = torch.cuda.Stream(device, priority=-1)
+        if stream.stream_id not in _STREAMS:
+            break
+    _STREAMS.add(stream.stream_id)
+    return stream
 
 
 class _NativeSlot(_TorchSlot):
@@ -222,36 +242,41 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 class Fixed:
-    """Tensors whose storage may not move, as graphs hold their addresses."""
+    """Tensors whose storage may not move, as graphs hold their addresses.
 
-    def __init__(self, owners: Sequence[tuple[dict[str, Any], str]]) -> None:
-        self.owners = [(holder, name, holder[name]) for holder, name in owners]
-        tensors = [tensor for _, _, tensor in self.owners]
-        self.native = dispatch.EXTENSION.Fixed(tensors) if dispatch.HAS_EXTENSION else None
-        self.addresses = [tensor.data_ptr() for tensor in tensors]
+    Args:
+        owners: The holder of each, its key there, and its name.
+    """
+
+    def __init__(self, owners: Sequence[tuple[dict[str, Any], str, str]]) -> None:
+        self.owners = [(holder, key, name, holder[key]) for holder, key, name in owners]
+        named = [(name, held) for _, _, name, held in self.owners if isinstance(held, Tensor)]
+        self.names, self.tensors = [name for name, _ in named], [held for _, held in named]
+        self.native = dispatch.EXTENSION.Fixed(self.tensors) if dispatch.HAS_EXTENSION else None
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> Fixed:
-        """Every parameter and buffer of a module."""
+        """Every parameter, buffer and submodule of a module."""
         return cls(
             [
-                (holder, name)
-                for module in model.modules()
-                for holder in (module._parameters, module._buffers)
-                for name, tensor in holder.items()
-                if isinstance(tensor, Tensor)
+                (holder, key, f"{prefix}.{key}" if prefix else key)
+                for prefix, module in model.named_modules()
+                for holder in (module._parameters, module._buffers, module._modules)
+                for key, held in holder.items()
+                if held is not None
             ]
         )
 
     def moved(self) -> str | None:
-        """The name of a tensor that was replaced or lies elsewhere now."""
-        for holder, name, tensor in self.owners:
-            if holder.get(name) is not tensor:
+        """The name of what was replaced or lies elsewhere now."""
+        for holder, key, name, held in self.owners:
+            if holder.get(key) is not held:
                 return name
         if self.native is not None:
             index = self.native.moved()
-            return None if index < 0 else self.owners[index][1]
-        for (_, name, tensor), address in zip(self.owners, self.addresses, strict=True):
+            return None if index < 0 else self.names[index]
+        for name, tensor, address in zip(self.names, self.tensors, self.addresses, strict=True):
             if tensor.data_ptr() != address:
                 return name
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,10 +114,17 @@ class GraphSampler:
         """
         for station in self._engine.stations:
             with station.lock:
+                self._engine.check_open()
                 for bucket in self._engine.buckets:
-                    self._program(station, bucket)
+                    program = self._program(station, bucket)
+                    if isinstance(program, Fallback):
+                        reason, detail = program
+                        warnings.warn(
+                            f"the bucket {tuple(bucket)} has no graph: {reason}, {detail}",
+                            RuntimeWarning,
+                            stacklevel=2,
+                        )
 
-    @torch.no_grad()
     def sample(
         self,
         noise: Rows,
@@ -150,17 +158,19 @@ class GraphSampler:
         lengths = self._check(noise, cond, conditions, guidance)
         times = self.grid if grid is None else self._checked(grid)
         guidance = self.guidance if guidance is None else guidance
-        if not self._engine.stations:
-            self._engine.count(eager=1)
-            return self._eager(noise, lengths, cond, times, conditions, guidance)
-        reason = self._engine.why_eager(lengths, cond)
-        if reason is None:
-            result = self._replay(noise, lengths, cond, times, conditions, guidance)
-            if not isinstance(result, Fallback):
-                return result
-            reason = result
-        self._engine.fall_back(reason)
-        return self._eager(noise, lengths, cond, times, conditions, guidance)
+        request = (noise, lengths, cond, times, conditions, guidance)
+        with torch.no_grad():
+            if not self._engine.stations:
+                self._engine.count(eager=1)
+                return self._eager(*request)
+            reason = self._engine.why_eager(lengths, cond)
+            if reason is None:
+                result = self._replay(*request)
+                if not isinstance(result, Fallback):
+                    return result
+                reason = result
+            self._engine.fall_back(reason)
+            return self._eager(*request)
 
     def stats(self) -> Stats:
         """Counters since construction, and the device memory held."""
@@ -209,7 +219,6 @@ class GraphSampler:
             if not isinstance(noise, Tensor):
                 raise ValueError("noise: expected a tensor with `cond` (rows go with `conditions`)")
             requests.check_cond(cond, self.model.specs, lengths, self._engine.guided)
-            given.update(cond)
         if conditions is not None:
             requests.check_conditions(conditions, getattr(self.model, "inputs", None), lengths)
             given.update(conditions)
@@ -217,7 +226,7 @@ class GraphSampler:
             if self.guidance is None:
                 raise ValueError("guidance: expected None for a sampler without, got one")
             requests.check_guidance(guidance, len(lengths))
-        self._engine.check(given)
+        self._engine.check(given, cond)
         return lengths
 
     def _watch(self) -> None:
@@ -271,7 +280,9 @@ class GraphSampler:
                 result: Any = torch.empty_like(noise, memory_format=torch.contiguous_format)
                 outs = [Copy(result, x)]
             else:
-                result = [torch.empty_like(row) for row in noise]
+                result = [
+                    torch.empty_like(row, memory_format=torch.contiguous_format) for row in noise
+                ]
                 outs = [Copy(row, x[i]) for i, row in enumerate(result)]
             station.loaded = None  # should the replay raise
             station.slot.replay(ins, [*graphs, program.graph], outs)
@@ -411,14 +422,17 @@ class GraphSampler:
         return [row[:frames].clone() for row, frames in zip(x, lengths, strict=True)]
 
     def _tables_of(self, times: Tensor) -> StepTables | None:
-        """The tables of a grid, the last one's kept."""
+        """The tables of a grid, the last one's kept for the stream that made them."""
         if self.baked is not None:
             return self.baked.at(times)
         if not self._tabled:
             return None
-        key = self._key(times)
+        device = self._engine.device
+        stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else None
+        grid = self._key(times)
+        key = (grid, stream)
         known, tables = self._eager_tables
-        if key is None or known != key:
+        if grid is None or known != key:
             on_device = times.to(self._engine.device)
             tables = self.model.tables(on_device[:-1], on_device[1:])
             self._eager_tables = (key, tables)

@@ -63,7 +63,7 @@ class GraphTeacher(Teacher):
         """As `Teacher.integrate`."""
         steps = self._steps(z, t, r, nfe, spacing)
         engine = self._engine
-        engine.check({"z": z, **(cond if isinstance(cond, Mapping) else {})})
+        engine.check({"z": z}, cond)
         lengths = [z.shape[1]] * z.shape[0]
         requests.check_cond(cond, self.model.specs, lengths, engine.guided)
         if not engine.stations:

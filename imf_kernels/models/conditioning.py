@@ -21,6 +21,8 @@ class TensorSpec:
     dims: tuple[str | int, ...]
     dtype: torch.dtype | None
     pad: float = 0.0
+    short: bool = False
+    """Whether a row given to `prepare` may have fewer frames than are generated."""
 
     def shape(self, rows: int, frames: int) -> tuple[int, ...]:
         sizes = {"rows": rows, "frames": frames, "tokens": frames}

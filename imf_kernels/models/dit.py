@@ -269,7 +269,8 @@ class DiT(nn.Module):
     def inputs(self) -> Mapping[str, TensorSpec]:
         """The tensors that `prepare` takes."""
         mel = TensorSpec(("rows", "frames", self.config.channels), torch.float32)
-        specs = {"prompt": mel, "lengths": TensorSpec(("rows",), torch.int64, pad=1)}
+        prompt = replace(mel, short=True)
+        specs = {"prompt": prompt, "lengths": TensorSpec(("rows",), torch.int64, pad=1)}
         if self.text_embed is not None:
             return specs | {"text": TensorSpec(("rows", "tokens"), torch.int64, pad=-1)}
         return specs | {"mu": mel, "spks": TensorSpec(("rows", mel.dims[2]), torch.float32)}

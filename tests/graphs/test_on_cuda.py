@@ -254,6 +254,35 @@ class TestAbort:
         alive()
 
 
+@pytest.mark.parametrize("how", ["assigned", "cast"])
+def test_graphs_come_back_after_weights_have_moved(path, how):
+    model = student("f5_v1").cuda()
+    with GraphSampler(model, 2, BUCKETS) as sampler:
+        x, given = request_of(model, [90])
+        sampler.sample(x, conditions=given)
+        if how == "cast":
+            model.double().float()
+        else:
+            state = {k: 2 * v for k, v in model.state_dict().items()}
+            model.load_state_dict(state, assign=True)
+        sampler.refresh()
+        want = sample(model, x, model.prepare(**given), nfe=2)
+        assert relative_rms(sampler.sample(x, conditions=given), want) <= 1e-5
+        stats = sampler.stats()
+        assert stats.hits == 2
+        assert not stats.fallbacks
+
+
+def test_slots_have_streams_of_their_own(path):
+    slots = [runtime.slot_on(torch.device("cuda", 0)) for _ in range(8)]
+    ours = {slot.stream.stream_id for slot in slots}
+    assert len(ours) == 8
+    others = {torch.cuda.Stream().stream_id for _ in range(40)}
+    assert not ours & others
+    for slot in slots:
+        slot.close()
+
+
 def test_thirty_two_buckets_share_one_pool(path, capsys):
     model = student("f5_v1").cuda()
     buckets = [(rows, frames) for rows in (1, 2, 4, 8) for frames in range(64, 576, 64)]

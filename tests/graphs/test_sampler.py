@@ -1,3 +1,4 @@
+import gc
 import threading
 import warnings
 
@@ -394,8 +395,8 @@ def test_uncounted_changes_are_followed_by_refresh(either):
     assert relative_rms(sampler.sample(x, conditions=given), want) <= 1e-5
 
 
-@pytest.mark.parametrize("how", ["cast", "replaced", "assigned", "data"])
-def test_moved_weights_are_refused_until_refreshed(taped, how):
+@pytest.mark.parametrize("how", ["module", "adaLN", "cast", "replaced", "assigned", "data"])
+def test_moved_weights_are_refused_until_refreshed(either, how):
     model = student("f5_v1")
     sampler = GraphSampler(model, 2, BUCKETS)
     given, x = conditions(model, [30]), noise(1, 30)
@@ -404,6 +405,11 @@ def test_moved_weights_are_refused_until_refreshed(taped, how):
         model.double().float()
     elif how == "replaced":
         model.proj_out.weight = torch.nn.Parameter(model.proj_out.weight * 2)
+    elif how == "module":
+        model.proj_out = torch.nn.Linear(32, 12)
+    elif how == "adaLN":
+        layer = model.transformer_blocks[0].attn_norm.linear
+        layer.weight = torch.nn.Parameter(layer.weight * 2)
     elif how == "assigned":
         model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     else:
@@ -413,6 +419,47 @@ def test_moved_weights_are_refused_until_refreshed(taped, how):
     sampler.refresh()
     want = sample(model, x, model.prepare(**given), nfe=2)
     assert relative_rms(sampler.sample(x, conditions=given), want) <= 1e-5
+
+
+def test_a_failed_capture_is_tried_again_after_refresh(taped, monkeypatch):
+    model = student("f5_v1")
+    sampler = GraphSampler(model, 2, BUCKETS)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "evaluate", None)
+        with pytest.warns(RuntimeWarning, match="has no graph: capture failed"):
+            sampler.warm_up()
+    sampler.refresh()
+    sampler.warm_up()
+    given, x = conditions(model, [30]), noise(1, 30)
+    sampler.sample(x, conditions=given)
+    assert sampler.stats().hits == 1
+
+
+def test_a_sampler_that_nobody_closed_gives_up_its_graphs(taped):
+    sampler = GraphSampler(student("f5_v1"), 2, BUCKETS)
+    station = sampler._engine.stations[0]
+    closed = []
+    station.slot.close = lambda: closed.append(True)
+    del sampler
+    gc.collect()
+    assert closed == [True]
+
+
+def test_rows_of_conditions_are_as_long_as_their_noise(either):
+    model = student("cosyvoice3")
+    sampler = GraphSampler(model, 2, BUCKETS)
+    given = conditions(model, [40, 20])
+    rows = [noise(1, 40)[0], noise(1, 20)[0]]
+    mu = [given["mu"][0], given["mu"][1, :20]]
+    prompt = [given["prompt"][0, :5], given["prompt"][1, :20]]
+    request = {"mu": mu, "prompt": prompt, "spks": given["spks"]}
+    sampler.sample(rows, conditions=request)
+    with pytest.raises(ValueError, match="mu: expected 20 frames, as its noise has, got 10"):
+        sampler.sample(rows, conditions={**request, "mu": [mu[0], mu[1][:10]]})
+    with pytest.raises(ValueError, match="prompt: expected at most 20 frames"):
+        sampler.sample(rows, conditions={**request, "prompt": [prompt[0], given["prompt"][1]]})
+    with pytest.raises(ValueError, match="lengths: expected values from 1 to those of noise"):
+        sampler.sample(rows, conditions={**request, "lengths": torch.tensor([40, 35])})
 
 
 # -- threads --------------------------------------------------------------------------------------
@@ -477,12 +524,7 @@ def test_errors(either, change, error, message):
     with torch.no_grad():
         cond = model.prepare(**conditions(model, [30, 20]))
     with pytest.raises(error, match=message):
-        sampler_call(sampler, {"noise": noise(2, 30), "cond": cond, **change})
-
-
-def sampler_call(sampler, arguments):
-    with torch.enable_grad():
-        return type(sampler).sample.__wrapped__(sampler, **arguments)
+        sampler.sample(**{"noise": noise(2, 30), "cond": cond, **change})
 
 
 @pytest.mark.parametrize(
