@@ -1,14 +1,17 @@
-"""Velocity models: one DiT for three public families, prepared once and evaluated many times."""
+"""Velocity models, prepared once, evaluated many times: a DiT of three families, and a U-Net."""
 
 from imf_kernels.models.baked import Baked
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
-from imf_kernels.models.config import DiTConfig, TextConfig
+from imf_kernels.models.config import CausalUNetConfig, DiTConfig, TextConfig
+from imf_kernels.models.cosyvoice2 import CausalUNet
 from imf_kernels.models.dit import DiT
 from imf_kernels.models.step_tables import Modulation, StepTables
 from imf_kernels.models.time_embedding import TimeEmbedding, TimeEmbedMixer
 
 __all__ = [
     "Baked",
+    "CausalUNet",
+    "CausalUNetConfig",
     "Conditioning",
     "DiT",
     "DiTConfig",

@@ -1,4 +1,4 @@
-"""The sizes and switches that tell the DiT families apart."""
+"""The sizes and switches that tell the model families apart."""
 
 from __future__ import annotations
 
@@ -91,3 +91,35 @@ class DiTConfig:
         else:
             switches = {"text": replace(text, mask_padding=True), "rope_heads": None}
         return DiTConfig(**(switches | sizes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalUNetConfig:
+    """CosyVoice2's estimator: one level of causal ResNet blocks with transformer blocks after each.
+
+    The input is `x | mu | spks | prompt`. The defaults are the public model's.
+    """
+
+    dim: int = 256
+    mid_blocks: int = 12
+    """ResNet blocks between the first and the last."""
+    depth: int = 4
+    """Transformer blocks after each ResNet block."""
+    heads: int = 8
+    head_dim: int = 64
+    ff_mult: int = 4
+    time_dim: int = 1024
+    channels: int = 80
+    """Mel channels."""
+    chunk: int = 50
+    """Frames per attention block under the streaming mask."""
+    mixer: bool = False
+    """Whether `r` enters, through `time_embed_mixer` (a mean-velocity student)."""
+    mixer_diagonal: float = 1.0
+    """D of the mixer's initial `[D 0]`, times the identity."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "mid_blocks", "depth", "heads", "head_dim", "ff_mult", "time_dim"):
+            checks.positive_int(name, getattr(self, name))
+        checks.positive_int("channels", self.channels)
+        checks.positive_int("chunk", self.chunk)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from imf_kernels import checks, masks
-from imf_kernels.models import linears
+from imf_kernels.models import linears, state_dicts
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
 from imf_kernels.models.config import DiTConfig, TextConfig
 from imf_kernels.models.linears import FusedLinears
@@ -214,21 +214,21 @@ class DiT(nn.Module):
             ValueError: unknown variant, or a key that sizes are read from is missing.
             RuntimeError: keys or shapes that do not fit (a strict load).
         """
-        state_dict = _without_prefix(state_dict)
+        state_dict = state_dicts.without_prefix(state_dict, _ROOT, _SIZED)
         shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         dim = shapes["time_embed.time_mlp.2.weight"][0]
         inner = shapes["transformer_blocks.0.attn.to_q.weight"][0]
         text = None
         if "text_embed.text_embed.weight" in shapes:
             vocab, text_dim = shapes["text_embed.text_embed.weight"]
-            layers = _count(shapes, "text_embed.text_blocks.")
+            layers = state_dicts.count(shapes, "text_embed.text_blocks.")
             text = TextConfig(vocab=vocab - 1, dim=text_dim, layers=layers)
         heads = heads if heads is not None else max(inner // 64, 1)
         config = DiTConfig.for_variant(
             variant,
             text=text,
             dim=dim,
-            depth=_count(shapes, "transformer_blocks."),
+            depth=state_dicts.count(shapes, "transformer_blocks."),
             heads=heads,
             head_dim=inner // heads,
             ff_mult=shapes["transformer_blocks.0.ff.ff.2.weight"][1] // dim,
@@ -491,22 +491,12 @@ class DiT(nn.Module):
 
 
 _ROOT = "time_embed.time_mlp.2.weight"
-_SIZED = (_ROOT, "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.ff.ff.2.weight")
-
-
-def _without_prefix(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The DiT's own entries, without what stands before `time_embed.`; complete enough to size."""
-    prefix = next((k.removesuffix(_ROOT) for k in state_dict if k.endswith(_ROOT)), "")
-    own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-    for key in (*_SIZED, "proj_out.weight"):
-        if key not in own:
-            raise ValueError(f"state_dict: expected the key {key!r}, got {list(state_dict)[:3]}...")
-    return own
-
-
-def _count(names: Mapping[str, object], prefix: str) -> int:
-    indices = {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}
-    return len(indices)
+_SIZED = (
+    _ROOT,
+    "transformer_blocks.0.attn.to_q.weight",
+    "transformer_blocks.0.ff.ff.2.weight",
+    "proj_out.weight",
+)
 
 
 def _needed(name: str, value: Tensor | None, others: Mapping[str, Tensor | None]) -> Tensor:

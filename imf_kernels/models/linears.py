@@ -40,24 +40,28 @@ class FusedLinears:
         """All results side by side, `(T, sum N)`."""
         if not all(map(plain, layers)):
             return torch.cat([layer(x) for layer in layers], dim=-1)
-        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        weights, biases = _parameters(layers)
         if torch.compiler.is_compiling() or (
             torch.is_grad_enabled() and any(p.requires_grad for p in (*weights, *biases))
         ):
-            return linear(x, torch.cat(weights), torch.cat(biases))
+            return linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
         return linear(x, *self.fuse(layers))
 
-    def fuse(self, layers: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Weights `(sum N, K)` and biases `(sum N,)`, without gradient."""
+    def fuse(self, layers: Sequence[Any]) -> tuple[Tensor, Any]:
+        """Weights `(sum N, K)` and biases `(sum N,)`, or None for layers without."""
+        weights, biases = _parameters(layers)
         weight, bias = self.whole
-        self.whole = whole = (
-            _fuse([layer.weight for layer in layers], weight),
-            _fuse([layer.bias for layer in layers], bias),
-        )
-        return whole
+        self.whole = _fuse(weights, weight), _fuse(biases, bias) if biases else None
+        return self.whole
 
 
-def _fuse(parameters: Sequence[nn.Parameter], whole: Tensor | None) -> Tensor:
+def _parameters(layers: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights, and biases: of all layers, or of none."""
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return [layer.weight for layer in layers], biases
+
+
+def _fuse(parameters: Sequence[Tensor], whole: Tensor | None) -> Tensor:
     """One tensor of which the parameters are consecutive slices along their first dimension.
 
     `whole` is what an earlier call returned: given back if the parameters still lie in it, so that
@@ -74,7 +78,7 @@ def _fuse(parameters: Sequence[nn.Parameter], whole: Tensor | None) -> Tensor:
     return whole
 
 
-def _lie_in(whole: Tensor, parameters: Sequence[nn.Parameter]) -> bool:
+def _lie_in(whole: Tensor, parameters: Sequence[Tensor]) -> bool:
     address = whole.data_ptr()
     for p in parameters:
         if p.data_ptr() != address or p.dtype != whole.dtype or p.device != whole.device:

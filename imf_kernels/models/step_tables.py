@@ -1,7 +1,7 @@
 """Step tables: all that depends on `(t, r)` only, computed once for a whole grid.
 
-With the times of a grid known, the time MLP of both, their mixer and every adaLN modulation are a
-small exact table; an evaluation then reads one row of it instead of 41 % of F5-TTS's weights.
+With the times of a grid known, the time MLP of both, their mixer and every modulation made of them
+are a small exact table; an evaluation then reads one row of it instead of 41 % of F5-TTS's weights.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from imf_kernels.ops.linear import linear
 
 
 class Modulation(NamedTuple):
-    """Every adaLN modulation at one `(t, r)`: R = 1 for all rows, or one per evaluated row.
+    """Every modulation at one `(t, r)`: R = 1 for all rows, or one per evaluated row.
 
-    `blocks` holds, per block, `(R, 6, D)`: shift, scale, gate of the attention, then of the MLP;
-    `final` is `(R, 2, D)`: scale, shift.
+    Of a `DiT`, adaLN: `blocks` holds, per block, `(R, 6, D)`: shift, scale, gate of the attention,
+    then of the MLP; `final` is `(R, 2, D)`: scale, shift. Of a `CausalUNet`: `blocks` holds, per
+    ResNet block, `(R, D)`, a shift; `final` is of no vectors, `(R, 0, D)`.
     """
 
     blocks: Sequence[Tensor]
@@ -27,9 +28,10 @@ class Modulation(NamedTuple):
 
 
 class StepTables(NamedTuple):
-    """Modulations of NFE steps: `blocks` float32 `(NFE, R, depth, 6, D)`, `final` `(NFE, R, 2, D)`.
+    """Modulations of NFE steps, float32, with D of unit stride; both may be views of one tensor.
 
-    Both may be views of one tensor; D has unit stride.
+    `blocks` is `(NFE, R, depth, 6, D)` and `final` `(NFE, R, 2, D)` of a `DiT`, `(NFE, R, blocks,
+    D)` and `(NFE, R, 0, D)` of a `CausalUNet`.
     """
 
     blocks: Tensor

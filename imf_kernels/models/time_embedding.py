@@ -13,9 +13,12 @@ FREQUENCIES = 256
 TIME_SCALE = 1000.0
 
 
-def sinusoidal(t: Tensor) -> Tensor:
-    """`sin | cos (1000 t exp(-ln(1e4) / 127 k))`, k = 0..127: float32 `(B,)` -> `(B, 256)`."""
-    half = FREQUENCIES // 2
+def sinusoidal(t: Tensor, width: int = FREQUENCIES) -> Tensor:
+    """`sin | cos (1000 t exp(-ln(1e4) / (h - 1) k))`, k = 0..h - 1 = width / 2 - 1.
+
+    Float32 `(B,)` -> `(B, width)`.
+    """
+    half = width // 2
     k = torch.arange(half, device=t.device, dtype=torch.float32)
     angles = TIME_SCALE * t.float()[:, None] * torch.exp(k * -(math.log(1e4) / (half - 1)))
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -26,8 +29,15 @@ def _linear_float32(linear: Any, x: Tensor) -> Tensor:
     return F.linear(x, linear.weight.float(), bias)
 
 
-class TimeEmbedding(nn.Module):
+def _embed(t: Tensor, first: Any, last: Any) -> Tensor:
     """`Linear -> SiLU -> Linear` over the sinusoids, in float32 whatever the weights' dtype."""
+    with torch.autocast(t.device.type, enabled=False):
+        e = _linear_float32(first, sinusoidal(t, first.in_features))
+        return _linear_float32(last, F.silu(e))
+
+
+class TimeEmbedding(nn.Module):
+    """The DiTs' embedding of a time: `Linear -> SiLU -> Linear` over 256 sinusoids, in float32."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -35,9 +45,20 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """`(B,)` -> float32 `(B, dim)`."""
-        first, activation, last = self.time_mlp
-        with torch.autocast(t.device.type, enabled=False):
-            return _linear_float32(last, activation(_linear_float32(first, sinusoidal(t))))
+        return _embed(t, self.time_mlp[0], self.time_mlp[2])
+
+
+class TimeMLP(nn.Module):
+    """The same under CosyVoice2's names, over as many sinusoids as its input has channels."""
+
+    def __init__(self, sinusoids: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(sinusoids, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """`(B,)` -> float32 `(B, dim)`."""
+        return _embed(t, self.linear_1, self.linear_2)
 
 
 class TimeEmbedMixer(nn.Linear):

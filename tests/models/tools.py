@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from imf_kernels.models import DiT, DiTConfig, TextConfig
+from imf_kernels.models import CausalUNet, DiT, DiTConfig, TextConfig
 
 DATA = Path(__file__).parents[1] / "data"
 VARIANTS = ("f5_v0", "f5_v1", "cosyvoice3")
@@ -59,7 +59,7 @@ def small_model(variant: str, seed: int = 0, **switches) -> DiT:
     return model.eval()
 
 
-def conditions(model: DiT, lengths: list[int], seed: int = 0) -> dict[str, Tensor]:
+def conditions(model: DiT | CausalUNet, lengths: list[int], seed: int = 0) -> dict[str, Tensor]:
     """Arguments of `prepare` for rows of these lengths: prompts over a third of each row."""
     generator = torch.Generator().manual_seed(seed)
     rows, frames, channels = len(lengths), max(lengths), model.config.channels
@@ -71,7 +71,7 @@ def conditions(model: DiT, lengths: list[int], seed: int = 0) -> dict[str, Tenso
     for row, length in enumerate(lengths):
         prompt[row, length // 3 :] = 0
     given = {"prompt": prompt, "lengths": torch.tensor(lengths)}
-    if model.config.text is None:
+    if not isinstance(model, DiT) or model.config.text is None:
         return given | {"mu": noise(rows, frames, channels), "spks": noise(rows, channels)}
     text = torch.full((rows, max(lengths)), -1)
     for row, length in enumerate(lengths):

@@ -1,0 +1,308 @@
+"""CosyVoice2's estimator, a causal U-Net of one level, from its own state dict.
+
+Two phases, as in `dit`: `prepare` computes, once per utterance batch, what does not depend on
+`x, t, r`, here the share of mu, spks and prompt in the first block's convolutions; `model(x, t, r,
+cond)` evaluates the velocity. `tables` holds all that depends on `t, r`: a vector per ResNet block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from imf_kernels import checks, masks
+from imf_kernels.models import state_dicts
+from imf_kernels.models.causal_blocks import Attention, CausalConv, ConvBlock, Stage
+from imf_kernels.models.conditioning import Conditioning, TensorSpec
+from imf_kernels.models.config import CausalUNetConfig
+from imf_kernels.models.linears import FusedLinears
+from imf_kernels.models.step_tables import Modulation, StepTables, linear_float32
+from imf_kernels.models.time_embedding import TimeEmbedMixer, TimeMLP
+from imf_kernels.rows import Rows
+
+
+class CausalUNet(nn.Module):
+    """Velocity `v(x, t)` of a flow-matching teacher, or mean velocity `u(x, t, r)` of a student.
+
+    Build it from a `CausalUNetConfig`, or from a client's state dict with
+    `CausalUNet.from_state_dict`. With `checkpoint_activations` set, training recomputes each
+    stage's activations instead of keeping them.
+    """
+
+    def __init__(self, config: CausalUNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, inputs = config.dim, 4 * config.channels
+        self.time_mlp = TimeMLP(inputs, config.time_dim)
+        self.time_embed_mixer = (
+            TimeEmbedMixer(config.time_dim, config.mixer_diagonal) if config.mixer else None
+        )
+        self.down_blocks = nn.ModuleList([Stage(inputs, config, outer=True)])
+        self.mid_blocks = nn.ModuleList(Stage(dim, config) for _ in range(config.mid_blocks))
+        self.up_blocks = nn.ModuleList([Stage(2 * dim, config, outer=True)])
+        self.final_block = ConvBlock(dim, dim)
+        self.final_proj = CausalConv(dim, config.channels, 1)
+        self._fused_time = FusedLinears()
+        self.checkpoint_activations = False
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        *,
+        heads: int | None = None,
+        mixer: bool | None = None,
+    ) -> CausalUNet:
+        """A float32 model on the CPU with the sizes of a client's state dict, and its weights.
+
+        Args:
+            state_dict: The client's own keys, from `time_mlp.linear_1.weight` on; a common prefix
+                (`decoder.estimator.`) is taken off.
+            heads: Attention heads; by default inner width / 64, as the public model has.
+            mixer: Whether the model takes `r`; by default, whether the state dict has a mixer.
+                Asked for and missing, it is the identity.
+
+        Raises:
+            ValueError: a key that sizes are read from is missing.
+            RuntimeError: keys or shapes that do not fit (a strict load).
+        """
+        state_dict = state_dicts.without_prefix(state_dict, _ROOT, _SIZED)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        channels, dim, _ = shapes["final_proj.weight"]
+        inner = shapes[f"{_TRANSFORMERS}0.attn1.to_q.weight"][0]
+        heads = heads if heads is not None else max(inner // 64, 1)
+        config = CausalUNetConfig(
+            dim=dim,
+            mid_blocks=state_dicts.count(shapes, "mid_blocks."),
+            depth=state_dicts.count(shapes, _TRANSFORMERS),
+            heads=heads,
+            head_dim=inner // heads,
+            ff_mult=shapes[f"{_TRANSFORMERS}0.ff.net.2.weight"][1] // dim,
+            time_dim=shapes[_ROOT][0],
+            channels=channels,
+            mixer="time_embed_mixer.weight" in shapes if mixer is None else mixer,
+        )
+        model = cls(config)
+        model.load_state_dict(state_dict)
+        return model
+
+    def student(self, diagonal: float = 1.0) -> CausalUNet:
+        """A copy that also takes `r`, through a mixer `[D 0]`, D = `diagonal` times the identity.
+
+        With the identity it equals this model for every r. It is trainable and in training mode,
+        whatever this model is.
+        """
+        student = CausalUNet(replace(self.config, mixer=True, mixer_diagonal=diagonal))
+        student.to(device=self.final_proj.weight.device, dtype=self.dtype)
+        student.load_state_dict(self.state_dict())
+        return student
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the blocks compute in: the weights'."""
+        return self.final_proj.weight.dtype
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """The tensors that `prepare` takes."""
+        mel = TensorSpec(("rows", "frames", self.config.channels), torch.float32)
+        return {
+            "prompt": replace(mel, short=True),
+            "lengths": TensorSpec(("rows",), torch.int64, pad=1),
+            "mu": mel,
+            "spks": TensorSpec(("rows", self.config.channels), torch.float32),
+        }
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """What `prepare` returns; "chunk" for streaming."""
+        counts = TensorSpec(("rows",), torch.int64, pad=1)
+        return {
+            "lengths": counts,
+            "chunk": counts,
+            "conditions": TensorSpec(("rows", "frames", 2 * self.config.dim), None),
+        }
+
+    def prepare(
+        self,
+        prompt: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        mu: Tensor,
+        spks: Tensor,
+        guided: bool = False,
+        streaming: bool = False,
+    ) -> Conditioning:
+        """Everything that does not depend on `x, t, r`, once per batch.
+
+        Args:
+            prompt: Prompt mel (the client's `cond`), zero where frames are to be generated,
+                `(B, N, C)`.
+            lengths: Frames per row (its duration), integer `(B,)`; None: all N.
+            mu: Frame-level token features `(B, N, C)`.
+            spks: Speaker features `(B, C)`.
+            guided: Prepare both branches: 2B rows, `[0:B]` conditional, `[B:2B]` with prompt, mu
+                and spks dropped.
+            streaming: Block-causal attention over blocks of `config.chunk` frames.
+
+        Raises:
+            ValueError, TypeError: naming the argument, the expected and the given value.
+        """
+        checks.shape("prompt", prompt, "B", "N", self.config.channels)
+        rows, frames, channels = prompt.shape
+        checks.shape("mu", mu, rows, frames, channels)
+        checks.shape("spks", spks, rows, channels)
+        for name, value in (("prompt", prompt), ("mu", mu), ("spks", spks)):
+            checks.floating(name, value)
+        if lengths is None:
+            lengths = torch.full((rows,), frames, device=prompt.device)
+        checks.lengths("lengths", lengths, rows, frames)
+        lengths = lengths.to(device=prompt.device, dtype=torch.int64)
+
+        outside = ~masks.inside(lengths, frames)[:, :, None]
+        given = (mu, spks[:, None].expand_as(mu), prompt)  # in the order of the weights' columns
+        joined = torch.cat([part.to(self.dtype).masked_fill(outside, 0.0) for part in given], -1)
+        resnet, columns = self._down.resnet, slice(channels, None)
+        convs = resnet.block1.conv, resnet.res_conv
+        branches = [torch.cat([conv.over(joined, columns, conv.bias) for conv in convs], dim=-1)]
+        if guided:
+            biases = torch.cat([conv.bias for conv in convs])
+            branches.append(biases.to(branches[0]).expand_as(branches[0]))
+
+        tensors = {
+            "lengths": lengths.repeat(len(branches)),
+            "conditions": torch.cat(branches),
+        }
+        if streaming:
+            tensors["chunk"] = torch.full_like(tensors["lengths"], self.config.chunk)
+        return Conditioning(tensors, self.specs)
+
+    def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Conditioning) -> Tensor:
+        """The velocity at `(x, t)`, or with a mixer the mean velocity over `[t, r]`.
+
+        Args:
+            x: State `(B, N, C)`, any floating dtype.
+            t, r: Times, float32 `(B,)`; `r` is not used without a mixer.
+            cond: From `prepare`, B rows, or 2B when guided: the state is then shared by both
+                branches, not doubled by the caller.
+
+        Returns:
+            `(R, N, C)` in the model's dtype, R = `cond.rows`; zero beyond each row's length.
+        """
+        rows = x.shape[0]
+        checks.shape("t", t, rows)
+        checks.shape("r", r, rows)
+        if cond.rows == 2 * rows:
+            t, r = t.repeat(2), r.repeat(2)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            e = F.mish(self.embed_time(t, r)).to(self.dtype)
+            shifts = [layer(e) for layer in self._time_linears()]
+            final = e.new_empty(len(e), 0, self.config.dim)
+            return self.evaluate(x, Modulation(shifts, final), cond)
+        return self.evaluate(x, self.tables(t[None], r[None]).at(0), cond)
+
+    def evaluate(self, x: Tensor, modulation: Modulation, cond: Conditioning) -> Tensor:
+        """`forward` with all that depends on `t, r` given: one step of `tables`, or live.
+
+        `modulation` has one row for all, or `cond.rows`.
+        """
+        batch, conditions = x.shape[0], cond["conditions"]
+        if cond.rows not in (batch, 2 * batch):
+            raise ValueError(
+                f"x: expected {cond.rows} rows, or half of it when guided, got {batch}"
+            )
+        checks.shape("x", x, batch, conditions.shape[1], self.config.channels)
+        frames, branches = x.shape[1], cond.rows // max(batch, 1)
+
+        inside = masks.inside(cond["lengths"], frames)
+        attended = Rows.padded(cond["lengths"], frames), cond.get("chunk")
+        # filled, not multiplied: what lies beyond a row's length may be anything, NaN included
+        x = x.to(self.dtype).masked_fill(~inside[:batch, :, None], 0.0)
+        first, *between, last = modulation.blocks
+
+        down, up = self._down, self._up
+        convs, columns = (down.resnet.block1.conv, down.resnet.res_conv), slice(x.shape[2])
+        of_state = (conv.over(x, columns, None).repeat(branches, 1, 1) for conv in convs)
+        h, residual = (a + b for a, b in zip(of_state, conditions.chunk(2, dim=-1), strict=True))
+        h = down.resnet.after_conv(h, residual, first)
+        skip = self._run(down.after_resnet, h, *attended)
+        h = down.conv(skip)
+        for stage, shift in zip(self.mid_blocks, between, strict=True):
+            h = self._run(stage, h, shift, *attended)
+        h = self._run(up, torch.cat([h, skip], dim=-1), last, *attended)
+        v = self.final_proj(self.final_block(up.conv(h)))
+        return v.masked_fill(~inside[:, :, None], 0.0)
+
+    def _run(self, stage: Any, *arguments: Any) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(stage, *arguments, use_reentrant=False)
+        return stage(*arguments)
+
+    def embed_time(self, t: Tensor, r: Tensor) -> Tensor:
+        """The (mixed) time embedding, float32 `(B, time_dim)`."""
+        e = self.time_mlp(t)
+        if self.time_embed_mixer is not None:
+            e = self.time_embed_mixer(e, self.time_mlp(r))
+        return e
+
+    @torch.no_grad()
+    def tables(self, t: Tensor, r: Tensor) -> StepTables:
+        """The step tables of NFE intervals: one product over the time weights of every block.
+
+        Args:
+            t, r: Float32 `(NFE,)`, the same times for all rows, or `(NFE, R)`. A guided evaluation
+                has 2B rows.
+        """
+        checks.shape("r", r, *t.shape)
+        steps, rows = t.shape[0], t[0].numel()
+        with torch.autocast(t.device.type, enabled=False):
+            e = F.mish(self.embed_time(t.reshape(-1), r.reshape(-1)))
+            shifts = linear_float32(e, *self._fused_time.fuse(self._time_linears()))
+        blocks = shifts.view(steps, rows, -1, self.config.dim)
+        return StepTables(blocks, blocks[:, :, :0])
+
+    def table_sources(self) -> list[nn.Parameter]:
+        """The parameters that step tables are made of."""
+        timed = (self.time_mlp, self.time_embed_mixer, *self._time_linears())
+        return [p for module in timed if module is not None for p in module.parameters()]
+
+    def fuse_weights(self) -> None:
+        """Lay the weights that are read as one (time; q, k and v) side by side in memory.
+
+        The parameters stay the same objects, as views. Evaluations do it by themselves, at the
+        first call and after a move or a cast; whoever takes addresses does it before.
+        """
+        self._fused_time.fuse(self._time_linears())
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fuse_weights()
+
+    @property
+    def _down(self) -> Any:
+        return self.down_blocks[0]
+
+    @property
+    def _up(self) -> Any:
+        return self.up_blocks[0]
+
+    def _time_linears(self) -> list[nn.Linear]:
+        """What makes each ResNet block's shift of the time embedding, in order."""
+        mid: Any = self.mid_blocks
+        return [stage.resnet.mlp[1] for stage in (self._down, *mid, self._up)]
+
+
+_ROOT = "time_mlp.linear_1.weight"
+_TRANSFORMERS = "down_blocks.0.1."
+_SIZED = (
+    _ROOT,
+    f"{_TRANSFORMERS}0.attn1.to_q.weight",
+    f"{_TRANSFORMERS}0.ff.net.2.weight",
+    "mid_blocks.0.0.res_conv.weight",
+    "final_proj.weight",
+)
