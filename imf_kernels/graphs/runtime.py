@@ -139,11 +139,11 @@ class _TorchSlot:
         if self.holds_pool:
             torch._C._cuda_releasePool(self.device.index, self.pool)
             self.holds_pool = False
-        _STREAMS.discard(self.stream.stream_id)
+        _STREAMS.discard((self.device.index, self.stream.stream_id))
 
 
-_STREAMS: set[int] = set()
-"""Streams of open slots."""
+_STREAMS: set[tuple[int | None, int]] = set()
+"""Streams of open slots, by device."""
 
 
 def _own_stream(device: torch.device) -> torch.cuda.Stream:
@@ -155,10 +155,11 @@ def _own_stream(device: torch.device) -> torch.cuda.Stream:
     """
     for _ in range(64):
         stream = torch.cuda.Stream(device, priority=-1)
-        if stream.stream_id not in _STREAMS:
-            break
-    _STREAMS.add(stream.stream_id)
-    return stream
+        key = device.index, stream.stream_id
+        if key not in _STREAMS:
+            _STREAMS.add(key)
+            return stream
+    raise RuntimeError(f"slots: expected at most {len(_STREAMS)} open at once, got one more")
 
 
 class _NativeSlot(_TorchSlot):

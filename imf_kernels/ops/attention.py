@@ -19,7 +19,7 @@ from torch import Tensor
 
 from imf_kernels import checks, dispatch, masks
 from imf_kernels.ops import _attention_kernels as kernels
-from imf_kernels.ops._dtypes import wide
+from imf_kernels.ops._dtypes import wide, wide_dtype
 from imf_kernels.ops._rows import check_rows, selected
 from imf_kernels.rows import Rows
 
@@ -61,9 +61,9 @@ def _cpu_forward(
     qkv: Tensor, starts: Tensor, lengths: Tensor, chunk: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     frames, _, heads, width = qkv.shape
-    full = int(lengths.sum()) == frames
-    out = (torch.empty if full else torch.zeros)(frames, heads, width, dtype=qkv.dtype)
-    lse = torch.zeros(heads, frames, dtype=wide(qkv[:0]).dtype)
+    make = qkv.new_empty if int(lengths.sum()) == frames else qkv.new_zeros
+    out = make((frames, heads, width))
+    lse = make((heads, frames), dtype=wide_dtype(qkv))
     pieces = list(_pieces(starts, lengths, chunk))
     if _has_cpp(qkv):
         spans = [(q.start, q.stop, k.start) for q, k in pieces]
