@@ -39,3 +39,36 @@ class Rows(NamedTuple):
         row_of = torch.searchsorted(ends, frame, right=True).to(torch.int32)
         row_of = torch.where(row_of < lengths.shape[0], row_of, -1)
         return Rows((ends - lengths).to(torch.int32), lengths.to(torch.int32), row_of, longest)
+
+    def repeat(self, times: int) -> Rows:
+        """The same layout several times over, each a batch of its own."""
+        if times == 1:
+            return self
+        copy = torch.arange(times, dtype=torch.int32, device=self.row_of.device)[:, None]
+        row_of = self.row_of + copy * self.starts.shape[0]
+        return Rows(
+            (self.starts + copy * self.row_of.shape[0]).flatten(),
+            self.lengths.repeat(times),
+            torch.where(self.row_of < 0, -1, row_of).flatten(),
+            self.longest,
+        )
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The frames `(T, ...)` of a padded batch `(R, N, ...)`; those of no row are 0."""
+        frame = torch.arange(self.row_of.shape[0], device=x.device)
+        row = self.row_of.clamp(min=0)
+        place = row * x.shape[1] + frame - self.starts[row]
+        packed = x.flatten(0, 1).index_select(0, torch.where(self.row_of < 0, 0, place))
+        return _filled(packed, self.row_of < 0)
+
+    def unpack(self, x: Tensor, frames: int) -> Tensor:
+        """The padded batch `(R, frames, ...)` of frames `(T, ...)`; 0 beyond each row's length."""
+        inside = masks.inside(self.lengths, frames)
+        place = self.starts[:, None] + torch.arange(frames, device=x.device)
+        place = torch.where(inside, place, 0).flatten()
+        return _filled(x.index_select(0, place).unflatten(0, inside.shape), ~inside)
+
+
+def _filled(x: Tensor, outside: Tensor) -> Tensor:
+    """Zero where `outside`, whatever `x` holds there."""
+    return x.masked_fill(outside[(...,) + (None,) * (x.ndim - outside.ndim)], 0.0)

@@ -25,6 +25,8 @@ from triton.runtime import driver
 
 from imf_kernels.ops import _attention_kernels as attention
 from imf_kernels.ops import _triton
+from imf_kernels.ops.grouped_conv import _launch_backward as conv_backward
+from imf_kernels.ops.grouped_conv import _launch_forward as conv_forward
 from imf_kernels.ops.guided_euler_step import _launch as step
 from imf_kernels.ops.mean_velocity_loss import _launch_backward as loss_backward
 from imf_kernels.ops.mean_velocity_loss import _launch_forward as loss_forward
@@ -89,6 +91,14 @@ def forms() -> Iterator[tuple[str, Callable[..., object], tuple[Any, ...]]]:
         # a step table's row for all rows: float32, without a row stride
         gate, shift, scale = torch.empty(1, 6, dim).unbind(1)[:3]
         yield f"{label} table", norm_forward, (x, x, gate, shift, scale, rows.row_of, 1e-6)
+    for dim, dtype in itertools.product((256, 768, 1024), dtypes):
+        label = f"D={dim} conv {dtype}"
+        x = torch.empty(frames, dim, dtype=dtype)
+        weight, bias = torch.empty(dim, dim // 16, 31, dtype=dtype), torch.empty(dim, dtype=dtype)
+        for causal, residual in ((False, x), (True, None)):
+            name = f"{label} causal" if causal else label
+            yield name, conv_forward, (x, weight, bias, *rows[:3], causal, residual)
+        yield label, conv_backward, (x, x, weight, bias, *rows[:3], False)
     for (heads, width), dtype in itertools.product(((16, 64), (8, 32), (8, 128)), dtypes[:2]):
         label = f"H={heads}x{width} {dtype}"
         qkv = torch.empty(frames, 3, heads, width, dtype=dtype)
@@ -147,9 +157,11 @@ def compile_all() -> Iterator[dict[str, Any]]:
 
 
 def vector_bits(ptx: str) -> int:
-    """Width of the widest global load of a thread."""
+    """Width of the widest global load of a thread, into registers or into shared memory."""
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
-    return max((int(count or 1) * int(bits) for count, bits in loads), default=0)
+    copies = re.findall(r"cp\.async\.c[ag]\.\S+ \[.*?\], \[.*?\], 0x([0-9a-f]+)", ptx)
+    widths = [int(count or 1) * int(bits) for count, bits in loads]
+    return max([*widths, *(8 * int(size, 16) for size in copies)], default=0)
 
 
 if __name__ == "__main__":

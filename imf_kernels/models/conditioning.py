@@ -13,9 +13,10 @@ from torch import Tensor
 class TensorSpec:
     """Declares one tensor of a model's conditioning: dimensions, dtype and padding value.
 
-    "rows" and "frames" are what a static buffer pads, "rows" always first; "tokens" is a length of
-    its own, of which what exceeds the frames is not used; every other dimension is a number fixed
-    by the model. `dtype` None stands for the model's own, or autocast's under it.
+    "rows" and "frames" are what a static buffer pads, "rows" always first; "total" are the frames
+    of rows behind one another; "tokens" is a length of its own, of which what exceeds the frames is
+    not used; every other dimension is a number fixed by the model. `dtype` None stands for the
+    model's own, or autocast's under it.
     """
 
     dims: tuple[str | int, ...]
@@ -24,8 +25,8 @@ class TensorSpec:
     short: bool = False
     """Whether a row given to `prepare` may have fewer frames than are generated."""
 
-    def shape(self, rows: int, frames: int) -> tuple[int, ...]:
-        sizes = {"rows": rows, "frames": frames, "tokens": frames}
+    def shape(self, rows: int, frames: int, total: int = 0) -> tuple[int, ...]:
+        sizes = {"rows": rows, "frames": frames, "tokens": frames, "total": total}
         return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
 
 
@@ -55,7 +56,14 @@ class Conditioning(Mapping[str, Tensor]):
         return self["lengths"].shape[0]
 
     def take(self, rows: slice | Tensor) -> Conditioning:
-        """The conditioning of some rows: a slice (views) or an index tensor (copies)."""
+        """The conditioning of some rows: a slice (views) or an index tensor (copies).
+
+        Raises:
+            ValueError: the rows are packed.
+        """
+        packed = [name for name, spec in self.specs.items() if spec.dims[0] == "total"]
+        if packed:
+            raise ValueError(f"rows: expected padded ones to take from, got packed: {packed}")
         return Conditioning(
             {
                 name: tensor[rows] if self.specs[name].dims[0] == "rows" else tensor
@@ -72,7 +80,9 @@ class Conditioning(Mapping[str, Tensor]):
         """
         if self.rows != 2 * rows:
             raise ValueError(f"rows: expected half of the {self.rows} prepared rows, got {rows}")
-        return self.take(slice(0, rows))
+        halved = [name for name, spec in self.specs.items() if spec.dims[0] in ("rows", "total")]
+        halves = {name: self[name].chunk(2)[0] for name in halved}
+        return Conditioning({**self, **halves}, self.specs)
 
     def to(self, device: torch.device | str) -> Conditioning:
         return Conditioning({k: v.to(device) for k, v in self.items()}, self.specs)

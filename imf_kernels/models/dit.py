@@ -24,6 +24,7 @@ from imf_kernels.models.linears import FusedLinears
 from imf_kernels.models.positions import (
     CausalConvPositionEmbedding,
     ConvPositionEmbedding,
+    GroupedConv,
     RotaryEmbedding,
 )
 from imf_kernels.models.step_tables import Modulation, StepTables, linear_float32
@@ -277,13 +278,15 @@ class DiT(nn.Module):
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """What `prepare` returns; "chunk" for streaming, "key_lengths" for upstream's padding."""
+        """What `prepare` returns: "packed" in place of "conditions" for packed rows, "chunk" for
+        streaming, "key_lengths" for upstream's padding."""
         counts = TensorSpec(("rows",), torch.int64, pad=1)
         return {
             "lengths": counts,
             "key_lengths": counts,
             "chunk": counts,
             "conditions": TensorSpec(("rows", "frames", self.config.dim), None),
+            "packed": TensorSpec(("total", self.config.dim), None),
             "rope": TensorSpec(("frames", self.config.head_dim), torch.float32),
         }
 
@@ -297,6 +300,7 @@ class DiT(nn.Module):
         spks: Tensor | None = None,
         guided: bool = False,
         streaming: bool = False,
+        packed: bool | int = False,
         upstream_padding: bool = False,
     ) -> Conditioning:
         """Everything that does not depend on `x, t, r`, once per batch.
@@ -309,6 +313,9 @@ class DiT(nn.Module):
             guided: Prepare both branches: 2B rows, `[0:B]` conditional, `[B:2B]` with prompt, text,
                 mu and spks dropped.
             streaming: Block-causal attention over blocks of `config.chunk` frames.
+            packed: Evaluate the rows behind one another instead of each padded to N: over this many
+                frames (per branch), no fewer than the lengths' sum; True: just as many, which reads
+                the lengths, if need be from the device.
             upstream_padding: F5-TTS's own padded behaviour, in which padding is attended to and
                 enters the text tower's norms. For comparisons: a batch then differs from its rows.
 
@@ -323,6 +330,14 @@ class DiT(nn.Module):
             lengths = torch.full((rows,), frames, device=device)
         checks.lengths("lengths", lengths, rows, frames)
         lengths = lengths.to(device=device, dtype=torch.int64)
+
+        layout = _packed(packed, lengths, frames) if packed else None
+        if packed and upstream_padding:
+            raise ValueError("packed: expected False with upstream_padding, got True")
+
+        def conditions(*parts: Tensor) -> Tensor:
+            joined = torch.cat([part.to(self.dtype) for part in parts], dim=-1)
+            return self.input_embed.conditions(joined if layout is None else layout.pack(joined))
 
         inside = masks.inside(lengths, frames)
         outside = ~inside[:, :, None]
@@ -339,12 +354,11 @@ class DiT(nn.Module):
                         f"text: expected ids in [-1, {vocab - 1}], got {least} to {most}"
                     )
             text_inside = torch.ones_like(inside) if upstream_padding else inside
-            branches = [
-                self._conditions(prompt, self.text_embed(text, frames, text_inside, drop=False))
-            ]
+            said = self.text_embed(text, frames, text_inside, drop=False)
+            branches = [conditions(prompt, said)]
             if guided:
                 unsaid = self.text_embed(text, frames, text_inside, drop=True)
-                branches.append(self._conditions(torch.zeros_like(prompt), unsaid))
+                branches.append(conditions(torch.zeros_like(prompt), unsaid))
         else:
             mu = _needed("mu", mu, {"text": text})
             spks = _needed("spks", spks, {"text": text})
@@ -352,14 +366,14 @@ class DiT(nn.Module):
             checks.shape("spks", spks, rows, channels)
             mu = mu.masked_fill(outside, 0.0)
             spks = spks[:, None].expand(rows, frames, channels)
-            branches = [self._conditions(prompt, mu, spks)]
+            branches = [conditions(prompt, mu, spks)]
             if guided:
                 branches.append(self.input_embed.proj.bias.to(branches[0]).expand_as(branches[0]))
 
         repeats = len(branches)
         tensors = {
             "lengths": lengths.repeat(repeats),
-            "conditions": torch.cat(branches),
+            "conditions" if layout is None else "packed": torch.cat(branches),
             "rope": self.rotary_embed(frames),
         }
         if upstream_padding:
@@ -367,10 +381,6 @@ class DiT(nn.Module):
         if streaming:
             tensors["chunk"] = torch.full_like(tensors["lengths"], self.config.chunk)
         return Conditioning(tensors, self.specs)
-
-    def _conditions(self, *parts: Tensor) -> Tensor:
-        joined = torch.cat([part.to(self.dtype) for part in parts], dim=-1)
-        return self.input_embed.conditions(joined)
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Conditioning) -> Tensor:
         """The velocity at `(x, t)`, or with a mixer the mean velocity over `[t, r]`.
@@ -409,19 +419,28 @@ class DiT(nn.Module):
         checks.shape("x", x, batch, cond["rope"].shape[0], self.config.channels)
         frames, branches = x.shape[1], cond.rows // max(batch, 1)
 
-        lengths = cond["lengths"]
-        inside = masks.inside(lengths, frames)
-        attended = Rows.padded(lengths, frames)
+        # selected, never multiplied by 0: beyond a row's length anything may stand, NaN included
+        lengths, x = cond["lengths"], x.to(self.dtype)
+        if "packed" in cond:
+            conditions = cond["packed"].unflatten(0, (branches, -1))
+            own = Rows.packed(lengths[:batch], conditions.shape[1], frames)
+            rows, x = own.repeat(branches), own.pack(x)
+        else:
+            conditions = cond["conditions"].view(branches, batch * frames, -1)
+            rows, inside = Rows.padded(lengths, frames), masks.inside(lengths, frames)[:, :, None]
+            x = x.masked_fill(~inside[:batch], 0.0).flatten(0, 1)
+        h = (self.input_embed.state(x) + conditions).flatten(0, 1)
         if "key_lengths" in cond:
             attended = Rows.padded(cond["key_lengths"], frames)
-        # filled, not multiplied: what lies beyond a row's length may be anything, NaN included
-        x = x.to(self.dtype).masked_fill(~inside[:batch, :, None], 0.0)
-        h = self.input_embed.state(x.flatten(0, 1)).view(batch, frames, -1)
-        h = h.repeat(branches, 1, 1) + cond["conditions"]
-        h = h + self.input_embed.conv_pos_embed(h, inside)
-        h = self._blocks(h.flatten(0, 1), modulation, attended, cond)
-        v = linears.apply(self.proj_out, h).unflatten(0, inside.shape)
-        return v.masked_fill(~inside[:, :, None], 0.0)
+            h = h + self.input_embed.conv_pos_embed(h, rows)
+        else:
+            attended = rows
+            h = self.input_embed.conv_pos_embed(h, rows, residual=h)
+        h = self._blocks(h, modulation, attended, cond)
+        v = linears.apply(self.proj_out, h)
+        if "packed" in cond:
+            return rows.unpack(v, frames)
+        return v.unflatten(0, inside.shape[:2]).masked_fill(~inside, 0.0)
 
     def _blocks(self, h: Tensor, modulation: Modulation, rows: Rows, cond: Conditioning) -> Tensor:
         """Embedded frames `(T, D)` to the normalised input of the last projection."""
@@ -475,7 +494,8 @@ class DiT(nn.Module):
         return [p for module in timed if module is not None for p in module.parameters()]
 
     def fuse_weights(self) -> None:
-        """Lay the weights that are read as one (adaLN; q, k and v) side by side in memory.
+        """Lay the weights that are read as one (adaLN; q, k and v) side by side in memory, and the
+        convolutions' as their kernel reads them.
 
         The parameters stay the same objects, as views. Evaluations do it by themselves, at the
         first call and after a move or a cast; whoever takes addresses does it before.
@@ -485,6 +505,8 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.fuse_weights()
+            elif isinstance(module, GroupedConv) and module.weight.is_cuda:
+                module.lay_out()
 
     def _adaln_linears(self) -> list[nn.Linear]:
         return [module.linear for module in self.modules() if isinstance(module, AdaLN)]
@@ -497,6 +519,21 @@ _SIZED = (
     "transformer_blocks.0.ff.ff.2.weight",
     "proj_out.weight",
 )
+
+
+def _packed(packed: bool | int, lengths: Tensor, frames: int) -> Rows:
+    """The layout of one branch's rows."""
+    if packed is True:
+        total = int(lengths.sum())
+    else:
+        checks.positive_int("packed", packed)
+        total = packed
+        if checks.readable(lengths) and total < int(lengths.sum()):
+            raise ValueError(
+                f"packed: expected no fewer frames than lengths {lengths.tolist()} sum to, "
+                f"got {total}"
+            )
+    return Rows.packed(lengths, total, frames)
 
 
 def _needed(name: str, value: Tensor | None, others: Mapping[str, Tensor | None]) -> Tensor:

@@ -6,46 +6,65 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from imf_kernels.ops import grouped_conv_mish
+from imf_kernels.rows import Rows
 
 KERNEL, GROUPS = 31, 16
 
 
-def _grouped_conv(dim: int, padding: int = 0) -> nn.Conv1d:
-    return nn.Conv1d(dim, dim, KERNEL, groups=GROUPS, padding=padding)
+class GroupedConv(nn.Conv1d):
+    """A convolution within each row, and Mish."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, KERNEL, groups=GROUPS)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, rows: Rows, causal: bool, residual: Tensor | None = None
+    ) -> Tensor:
+        bias: Any = self.bias
+        return grouped_conv_mish(x, self.weight, bias, rows, causal=causal, residual=residual)
+
+    def lay_out(self) -> None:
+        """Taps before channels in memory, as the kernel reads them: else it copies at each call.
+
+        Shape, values and state dict stay as they are.
+        """
+        taps_first = self.weight.data.transpose(1, 2)
+        if not taps_first.is_contiguous():
+            self.weight.data = taps_first.contiguous().transpose(1, 2)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:  # safetensors takes whole tensors only
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].contiguous()
 
 
 class ConvPositionEmbedding(nn.Module):
-    """Two grouped convolutions with Mish over `(R, N, dim)`, seeing both sides (F5-TTS).
-
-    Frames outside the mask are zero before each convolution, as if the row stood alone.
-    """
+    """Two grouped convolutions with Mish over the frames of rows, seeing both sides (F5-TTS)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        first, second = (_grouped_conv(dim, KERNEL // 2) for _ in range(2))
-        self.conv1d = nn.Sequential(first, nn.Mish(), second, nn.Mish())
+        self.conv1d = nn.ModuleDict({"0": GroupedConv(dim), "2": GroupedConv(dim)})
 
-    def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        inside = inside[:, None]
-        first, mish, second, _ = self.conv1d
-        h = mish(first(x.transpose(1, 2) * inside)) * inside
-        return (mish(second(h)) * inside).transpose(1, 2)
+    def forward(self, x: Tensor, rows: Rows, residual: Tensor | None = None) -> Tensor:
+        """`(T, dim)`, plus the residual; zero where there is no row."""
+        first, second = self.conv1d.values()
+        return second(first(x, rows, False), rows, False, residual)
 
 
 class CausalConvPositionEmbedding(nn.Module):
-    """The same, each convolution padded on the left (CosyVoice3)."""
+    """The same, each convolution looking back only (CosyVoice3)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv1 = nn.Sequential(_grouped_conv(dim), nn.Mish())
-        self.conv2 = nn.Sequential(_grouped_conv(dim), nn.Mish())
+        self.conv1 = nn.ModuleList([GroupedConv(dim)])
+        self.conv2 = nn.ModuleList([GroupedConv(dim)])
 
-    def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        inside = inside[:, None]
-        left = (KERNEL - 1, 0)
-        h = self.conv1(F.pad(x.transpose(1, 2) * inside, left)) * inside
-        return (self.conv2(F.pad(h, left)) * inside).transpose(1, 2)
+    def forward(self, x: Tensor, rows: Rows, residual: Tensor | None = None) -> Tensor:
+        """`(T, dim)`, plus the residual; zero where there is no row."""
+        h = self.conv1[0](x, rows, True)
+        return self.conv2[0](h, rows, True, residual)
 
 
 class RotaryEmbedding(nn.Module):

@@ -1,6 +1,7 @@
 """Fused operations: one file each with contract, reference, Triton kernel, launcher, autograd."""
 
 from imf_kernels.ops.attention import attention
+from imf_kernels.ops.grouped_conv import grouped_conv_mish
 from imf_kernels.ops.guided_euler_step import EulerStep, guided_euler_step
 from imf_kernels.ops.linear import linear
 from imf_kernels.ops.mean_velocity_loss import mean_velocity_loss
@@ -13,6 +14,7 @@ __all__ = [
     "EulerStep",
     "attention",
     "gated_residual_norm",
+    "grouped_conv_mish",
     "guided_euler_step",
     "linear",
     "mean_velocity_loss",

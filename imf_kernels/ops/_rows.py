@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from imf_kernels import checks
@@ -21,9 +22,11 @@ def check_rows(rows: Rows, x: Tensor) -> None:
     if not isinstance(rows, Rows):
         raise TypeError(f"rows: expected Rows, got {type(rows).__name__}")
     checks.shape("rows.row_of", rows.row_of, x.shape[0])
+    checks.shape("rows.starts", rows.starts, "R")
     checks.shape("rows.lengths", rows.lengths, rows.starts.shape[0])
-    checks.same_device("rows.row_of", rows.row_of, x.device)
-    checks.same_device("rows.starts", rows.starts, x.device)
+    for name in ("starts", "lengths", "row_of"):
+        checks.dtype(f"rows.{name}", getattr(rows, name), torch.int32)
+        checks.same_device(f"rows.{name}", getattr(rows, name), x.device)
 
 
 def check_modulation(name: str, modulation: Tensor, x: Tensor, rows: Rows | None) -> None:

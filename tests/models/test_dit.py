@@ -1,10 +1,12 @@
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 
 from imf_kernels import backend, dispatch, grids, sampler
 from imf_kernels.models import Conditioning, DiT, DiTConfig, TextConfig
+from imf_kernels.models.positions import GroupedConv
 from tests.models.tools import (
     VARIANTS,
     conditions,
@@ -27,7 +29,8 @@ def times(rows):
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_batch_equals_its_rows_whatever_fills_the_padding(variant, guided, streaming):
+@pytest.mark.parametrize("packed", [False, True, sum(LENGTHS) + 11])
+def test_a_batch_equals_its_rows_whatever_fills_the_padding(variant, guided, streaming, packed):
     model = small_model(variant, chunk=20).student()
     given = conditions(model, LENGTHS)
     switches = {"guided": guided, "streaming": streaming}
@@ -39,7 +42,7 @@ def test_a_batch_equals_its_rows_whatever_fills_the_padding(variant, guided, str
         if "mu" in given:
             given["mu"][row, length:] = torch.nan
     with torch.no_grad():
-        batch = model(x, t, r, model.prepare(**given, **switches))
+        batch = model(x, t, r, model.prepare(**given, **switches, packed=packed))
         for row, length in enumerate(LENGTHS):
             pick = slice(row, row + 1)
             cond = model.prepare(**one_row(given, row), **switches)
@@ -48,6 +51,44 @@ def test_a_batch_equals_its_rows_whatever_fills_the_padding(variant, guided, str
                 together = batch[branch * rows + row]
                 assert relative_rms(together[:length], alone[branch]) <= 1e-5
                 assert not together[length:].any()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_of_1_to_3000_frames_equal_themselves_alone(variant, packed):
+    model, lengths = small_model(variant).student(), [3000, 1, 17, 640, 2, 1250]
+    given, x, (t, r) = conditions(model, lengths), torch.randn(6, 3000, 12), times(6)
+    with torch.no_grad():
+        batch = model(x, t, r, model.prepare(**given, packed=packed))
+        for row, length in enumerate(lengths):
+            pick = slice(row, row + 1)
+            cond = model.prepare(**one_row(given, row))
+            alone = model(x[pick, :length], t[pick], r[pick], cond)
+            assert relative_rms(batch[row, :length], alone[0]) <= 1e-5
+
+
+def test_packed_rows_give_the_same_gradients(variant):
+    model = small_model(variant).student().train()
+    given, x, (t, r) = conditions(model, [30, 22]), torch.randn(2, 30, 12), times(2)
+    gradients = []
+    for packed in (False, True, 70):
+        model.zero_grad()
+        model(x, t, r, model.prepare(**given, packed=packed)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for other in gradients[1:]:
+        for got, want in zip(other, gradients[0], strict=True):
+            assert relative_rms(got, want) <= 1e-5
+
+
+def test_packed_conditionings_are_whole_or_halved(variant):
+    model = small_model(variant)
+    given, x, (t, r) = conditions(model, [30, 22]), torch.randn(2, 30, 12), times(2)
+    cond = model.prepare(**given, guided=True, packed=60)
+    with torch.no_grad():
+        both = model(x, t, r, cond)
+        half = model(x, t, r, cond.conditional(2))
+    assert relative_rms(half, both[:2]) <= 1e-6
+    with pytest.raises(ValueError, match="rows: expected padded"):
+        cond.take(slice(0, 1))
 
 
 def test_upstream_padding_lets_padding_in(variant):
@@ -170,11 +211,12 @@ def test_guided_shares_the_state_and_drops_the_conditions(variant):
 def test_conditioning_is_what_it_declares(variant):
     model = small_model(variant)
     given = conditions(model, [30, 22])
-    cond = model.prepare(**given, guided=True, streaming=True, upstream_padding=True)
-    assert cond.keys() == model.specs.keys()
-    for name, tensor in cond.items():
+    padded = model.prepare(**given, guided=True, streaming=True, upstream_padding=True)
+    packed = model.prepare(**given, guided=True, packed=True)
+    assert padded.keys() | packed.keys() == model.specs.keys()
+    for name, tensor in (*padded.items(), *packed.items()):
         spec = model.specs[name]
-        assert tensor.shape == spec.shape(rows=4, frames=30)
+        assert tensor.shape == spec.shape(rows=4, frames=30, total=104)
         assert tensor.dtype == (spec.dtype or model.dtype)
 
 
@@ -320,6 +362,9 @@ def wrong_prepares():
     yield f5, texts | {"prompt": texts["prompt"].long()}, "prompt: expected torch.float32"
     yield f5, texts | {"lengths": torch.tensor([9, 10])}, r"lengths: expected values in \[1, 9\]"
     yield f5, texts | {"lengths": torch.tensor([9])}, r"lengths: expected shape \(2,\)"
+    yield f5, texts | {"packed": 13}, r"packed: expected no fewer frames than .*, got 13"
+    yield f5, texts | {"packed": -1}, "packed: expected an integer >= 1, got -1"
+    yield f5, texts | {"packed": True, "upstream_padding": True}, "packed: expected False"
     yield cosyvoice3, mus | {"mu": mus["mu"][:, :4]}, "mu: expected shape"
     yield cosyvoice3, mus | {"spks": mus["mu"]}, "spks: expected shape"
 
@@ -357,7 +402,8 @@ def test_public_sizes():
     assert round(sum(p.numel() for p in cosyvoice3.parameters()) / 1e6, 1) == 331.1
 
 
-def test_compiles_without_graph_breaks(variant):
+@pytest.mark.parametrize("packed", [False, 60])
+def test_compiles_without_graph_breaks(variant, packed):
     torch._dynamo.reset()
     model = small_model(variant).student().eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
@@ -365,8 +411,25 @@ def test_compiles_without_graph_breaks(variant):
         given = conditions(model, [frames, frames - 5])
         x, (t, r) = torch.randn(2, frames, 12), times(2)
         with torch.no_grad():
-            cond = model.prepare(**given, guided=True)
+            cond = model.prepare(**given, guided=True, packed=packed)
             torch.testing.assert_close(compiled(x, t, r, cond), model(x, t, r, cond))
+
+
+def test_convolutions_laid_out_for_their_kernel_stay_the_same_parameters(variant):
+    model, same = small_model(variant), small_model(variant)
+    convolutions = [m for m in model.modules() if isinstance(m, GroupedConv)]
+    assert len(convolutions) == 2
+    for convolution in convolutions:
+        parameter = convolution.weight
+        convolution.lay_out()
+        assert convolution.weight is parameter
+        assert parameter.transpose(1, 2).is_contiguous()
+    given, x, (t, r) = conditions(model, [30, 22]), torch.randn(2, 30, 12), times(2)
+    with torch.no_grad():
+        got, expected = (m(x, t, r, m.prepare(**given)) for m in (model, same))
+    assert relative_rms(got, expected) <= 1e-6
+    saved = safetensors.torch.load(safetensors.torch.save(model.state_dict()))
+    assert all(torch.equal(saved[name], value) for name, value in same.state_dict().items())
 
 
 class Adapter(torch.nn.Module):
@@ -420,7 +483,8 @@ def test_checkpointed_activations_change_no_gradient(variant):
 
 @pytest.mark.skipif(not dispatch.INTERPRETED, reason="needs Triton's interpreter")
 @pytest.mark.parametrize("switches", [{}, {"qk_norm": True, "long_skip": True}])
-def test_kernels_and_reference_agree(variant, switches):
+@pytest.mark.parametrize("packed", [False, 60])
+def test_kernels_and_reference_agree(variant, switches, packed):
     """The whole model, forward and backward, with every fused kernel."""
     model = small_model(variant, heads=1, head_dim=32, **switches).student().train()
     given, streaming = conditions(model, [30, 22]), variant == "cosyvoice3"
@@ -429,7 +493,7 @@ def test_kernels_and_reference_agree(variant, switches):
     for name in ("triton", "reference"):
         model.zero_grad()
         with backend(name):
-            v = model(x, t, r, model.prepare(**given, streaming=streaming))
+            v = model(x, t, r, model.prepare(**given, streaming=streaming, packed=packed))
             v.square().sum().backward()
         results.append([v.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     for got, want in zip(*results, strict=True):

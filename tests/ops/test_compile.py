@@ -12,6 +12,7 @@ from imf_kernels import dispatch
 
 OPS = {
     "attention",
+    "grouped_conv",
     "guided_euler_step",
     "mean_velocity_loss",
     "modulated_layer_norm",
