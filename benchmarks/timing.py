@@ -52,7 +52,7 @@ def synchronize(device: torch.device) -> None:
 def _summary(values: list[float]) -> Times:
     if len(values) < 2:
         return Times(*(3 * values[:1]))
-    deciles = statistics.quantiles(values, n=10)
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
     return Times(statistics.median(values), deciles[0], deciles[-1])
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from imf_kernels import masks
 
@@ -33,12 +34,16 @@ class Rows(NamedTuple):
 
     @staticmethod
     def packed(lengths: Tensor, total: int, longest: int) -> Rows:
-        """Rows one after the other among `total` frames; the frames after the last are padding."""
-        ends = lengths.cumsum(0)
+        """Rows one after the other among `total` frames; the frames after the last are padding.
+
+        What does not fit is cut: the last rows of a static buffer are nobody's.
+        """
+        bounds = F.pad(lengths.cumsum(0).clamp(max=total), (1, 0))
+        starts, ends = bounds[:-1], bounds[1:]
         frame = torch.arange(total, device=lengths.device)
         row_of = torch.searchsorted(ends, frame, right=True).to(torch.int32)
         row_of = torch.where(row_of < lengths.shape[0], row_of, -1)
-        return Rows((ends - lengths).to(torch.int32), lengths.to(torch.int32), row_of, longest)
+        return Rows(starts.to(torch.int32), (ends - starts).to(torch.int32), row_of, longest)
 
     def repeat(self, times: int) -> Rows:
         """The same layout several times over, each a batch of its own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from imf_kernels import checks
 
@@ -19,27 +19,23 @@ class Bucket(NamedTuple):
         """Frames computed, whatever is in them."""
         return self.rows * self.frames
 
-    def holds(self, lengths: Sequence[int]) -> bool:
+    def holds(self, lengths: Sequence[int], total: int) -> bool:
         return len(lengths) <= self.rows and max(lengths, default=0) <= self.frames
 
 
 class PackedBucket(NamedTuple):
-    """Up to `rows` rows behind one another, `frames` frames in all, none longer than `longest`."""
+    """Up to `rows` rows behind one another, `total` frames in all, none longer than `frames`."""
 
     rows: int
+    total: int
     frames: int
-    longest: int
 
     @property
     def size(self) -> int:
-        return self.frames
+        return self.total
 
-    def holds(self, lengths: Sequence[int]) -> bool:
-        return (
-            len(lengths) <= self.rows
-            and sum(lengths) <= self.frames
-            and max(lengths, default=0) <= self.longest
-        )
+    def holds(self, lengths: Sequence[int], total: int) -> bool:
+        return Bucket(self.rows, self.frames).holds(lengths, total) and total <= self.total
 
 
 AnyBucket = TypeVar("AnyBucket", Bucket, PackedBucket)
@@ -55,8 +51,8 @@ DEFAULT: tuple[Bucket, ...] = (
 """Padded rows of up to 34 s (F5-TTS, 93.75 frames a second) or 64 s (CosyVoice, 50)."""
 
 PACKED: tuple[PackedBucket, ...] = tuple(
-    PackedBucket(rows, frames, longest=min(frames, 3200))
-    for rows, frames in (
+    PackedBucket(rows, total, frames=min(total, 3200))
+    for rows, total in (
         (1, 96),
         (1, 128),
         (1, 256),
@@ -81,29 +77,38 @@ PACKED: tuple[PackedBucket, ...] = tuple(
 """The same for rows packed behind one another, for models that evaluate such."""
 
 
-def table(buckets: Iterable[tuple[int, int]]) -> tuple[Bucket, ...]:
+def table(buckets: Iterable[tuple[int, ...]]) -> tuple[Bucket, ...] | tuple[PackedBucket, ...]:
     """Checked buckets, each once, the largest first: captures then reuse each other's memory.
 
     Raises:
-        ValueError: no buckets, packed ones (no sampler takes them yet), or rows or frames that are
-            not positive.
+        ValueError: no buckets, some of two and some of three numbers, or numbers that are not
+            positive.
     """
-    made = set()
+    made: set[Any] = set()
     for bucket in buckets:
-        if len(bucket) != 2:
-            raise ValueError(f"buckets: expected (rows, frames), got {tuple(bucket)}")
-        made.add(Bucket(*bucket))
-    if not made:
-        raise ValueError("buckets: expected at least one (rows, frames), got none")
-    for bucket in made:
-        checks.positive_int("buckets' rows", bucket.rows)
-        checks.positive_int("buckets' frames", bucket.frames)
+        if len(bucket) not in (2, 3):
+            raise ValueError(
+                f"buckets: expected (rows, frames) or (rows, total, frames), got {tuple(bucket)}"
+            )
+        kind = Bucket if len(bucket) == 2 else PackedBucket
+        for name, value in zip(kind._fields, bucket, strict=True):
+            checks.positive_int(f"buckets' {name}", value)
+        made.add(kind(*bucket))
+    if len({type(bucket) for bucket in made}) != 1:
+        found = sorted(made) or "none"
+        raise ValueError(f"buckets: expected padded ones or packed ones, got {found}")
     return tuple(sorted(made, key=lambda bucket: (bucket.size, bucket), reverse=True))
 
 
-def choose(buckets: Iterable[AnyBucket], lengths: Sequence[int]) -> AnyBucket | None:
-    """The bucket that computes the fewest frames among those that hold rows of these lengths."""
-    fitting = (bucket for bucket in buckets if bucket.holds(lengths))
+def choose(
+    buckets: Iterable[AnyBucket], lengths: Sequence[int], total: int | None = None
+) -> AnyBucket | None:
+    """The bucket that computes the fewest frames among those that hold rows of these lengths.
+
+    `total` is the sum of their valid frames where that is less than the sum of the lengths.
+    """
+    total = sum(lengths) if total is None else total
+    fitting = (bucket for bucket in buckets if bucket.holds(lengths, total))
     return min(fitting, key=lambda bucket: (bucket.size, bucket), default=None)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from imf_kernels import checks, dispatch
 from imf_kernels.graphs import buckets as tiers
 from imf_kernels.graphs import runtime
-from imf_kernels.graphs.buckets import Bucket
+from imf_kernels.graphs.buckets import Bucket, PackedBucket
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
 
 
@@ -93,7 +93,7 @@ class Engine:
 
     Args:
         model: With `specs` (and for `prepare` inside a graph, `inputs`) as `models.DiT` has them.
-        buckets: `(rows, frames)` each.
+        buckets: `(rows, frames)` each, or `(rows, total, frames)` for packed rows.
         slots: How many replays may be under way at once.
         guided: Whether conditionings hold both branches.
         options: What is given to `prepare` beside its tensors.
@@ -102,7 +102,7 @@ class Engine:
     def __init__(
         self,
         model: Any,
-        buckets: Iterable[tuple[int, int]],
+        buckets: Iterable[tuple[int, ...]],
         slots: int,
         guided: bool,
         options: Mapping[str, Any],
@@ -119,7 +119,15 @@ class Engine:
             )
         self.model: Any = model
         self.guided, self.options = guided, dict(options)
-        self.buckets = tiers.table(buckets)
+        self.buckets: Any = tiers.table(buckets)
+        self.packed = isinstance(self.buckets[0], PackedBucket)
+        if self.packed and "packed" not in self.model.specs:  # type: ignore[operator]
+            raise ValueError(
+                "buckets: expected (rows, frames), as this model does not evaluate packed rows, "
+                f"got {tuple(self.buckets[0])}"
+            )
+        if "packed" in self.options:
+            raise ValueError("prepare: expected no `packed`, which is the buckets' to say")
         self.device = next(model.parameters()).device
         self.max_rows = max(bucket.rows for bucket in self.buckets)
         self._counts: Counter[str] = Counter()
@@ -173,10 +181,11 @@ class Engine:
 
     # -- what runs eagerly ------------------------------------------------------------------------
 
-    def why_eager(self, lengths: Sequence[int], cond: Any) -> Fallback | None:
+    def why_eager(self, lengths: Sequence[int], total: int, cond: Any) -> Fallback | None:
         """Why a request cannot be a replay; None if it can."""
-        if tiers.choose(self.buckets, lengths) is None:
-            return Fallback("no bucket", f"for {len(lengths)} rows of up to {max(lengths)} frames")
+        if tiers.choose(self.buckets, lengths, total) is None:
+            asked = f"{len(lengths)} rows of up to {max(lengths)} frames, {total} in all"
+            return Fallback("no bucket", f"for {asked}")
         if torch.is_autocast_enabled(self.device.type):
             return Fallback("autocast", "without which graphs are captured, is on")
         if dispatch.forced() != self.backend:
@@ -237,7 +246,7 @@ class Engine:
         """The bucket's view of the static buffer `name`, which serves every bucket."""
 
         def shape(bucket: Bucket) -> tuple[int, ...]:
-            return spec.shape(branches * bucket.rows, bucket.frames)
+            return spec.shape(branches * bucket.rows, bucket.frames, branches * bucket.size)
 
         flat = station.buffers.get(name)
         if flat is None:
@@ -269,16 +278,18 @@ class Engine:
             }
 
             def prepare() -> None:
-                for name, tensor in self.prepare(inputs).items():
+                for name, tensor in self.prepare(inputs, bucket.size).items():
                     cond[name].copy_(tensor)
 
             graph = self.capture(station, prepare)
         station.prepared[bucket] = Prepared(cond, inputs, graph)
         return station.prepared[bucket]
 
-    def prepare(self, conditions: Mapping[str, Any]) -> Conditioning:
+    def prepare(self, conditions: Mapping[str, Any], total: int) -> Conditioning:
+        """`total` are the frames that packed rows are laid among."""
+        packed = {"packed": total} if self.packed else {}
         with torch.no_grad():
-            return self.model.prepare(**conditions, guided=self.guided, **self.options)
+            return self.model.prepare(**conditions, **packed, guided=self.guided, **self.options)
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -289,7 +300,7 @@ class Engine:
             name: torch.full(spec.shape(1, 1), spec.pad, dtype=spec.dtype, device=self.device)
             for name, spec in self.model.inputs.items()
         }
-        return tuple(self.prepare(least))
+        return tuple(self.prepare(least, total=1))
 
     def capture(self, station: Station, function: Callable[[], None]) -> runtime.Graph:
         # what is captured serves later callers as well, whatever mode this one is in

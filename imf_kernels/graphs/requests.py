@@ -48,9 +48,25 @@ def check_cond(
     rows = (1 + guided) * len(lengths)
     if cond.rows != rows:
         raise ValueError(f"cond: expected {rows} prepared rows, got {cond.rows}")
+    total = (1 + guided) * total_frames(lengths, guided, cond)
     for name, tensor in cond.items():
         if name in specs:
-            checks.shape(f"cond's {name}", tensor, *specs[name].shape(rows, max(lengths)))
+            checks.shape(f"cond's {name}", tensor, *specs[name].shape(rows, max(lengths), total))
+
+
+def total_frames(
+    lengths: Sequence[int],
+    guided: bool,
+    cond: Any = None,
+    conditions: Mapping[str, Any] | None = None,
+) -> int:
+    """Valid frames of a request's rows in all, or a bound: nothing is read from the device."""
+    if isinstance(cond, Conditioning) and "packed" in cond:
+        return cond["packed"].shape[0] // (1 + guided)
+    given = (conditions or {}).get("lengths")
+    if isinstance(given, Tensor):
+        given = given.tolist() if checks.readable(given) else None
+    return sum(lengths if given is None else given)
 
 
 def check_conditions(
@@ -140,7 +156,7 @@ def of_conditioning(static: Conditioning, cond: Conditioning, guided: bool) -> l
     copies = []
     for name, tensor in cond.items():
         spec = static.specs[name]
-        if guided and spec.dims[0] == "rows":
+        if guided and spec.dims[0] in ("rows", "total"):
             pairs = zip(static[name].chunk(2), tensor.chunk(2), strict=True)
             copies += [copy for place, branch in pairs for copy in into(place, branch, spec.pad)]
         else:

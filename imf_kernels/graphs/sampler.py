@@ -45,7 +45,9 @@ class GraphSampler:
     Args:
         model: A module with `specs` (`models.DiT`) in eval mode, or `models.Baked`.
         nfe: Evaluations per solve; a baked model knows its own.
-        buckets: `(rows, frames)` each; `DEFAULT` is 42 of up to 8 rows and 3200 frames.
+        buckets: `(rows, frames)` each; `DEFAULT` is 42 of up to 8 rows and 3200 frames. Or
+            `(rows, total, frames)` each, for a model that evaluates packed rows (`models.DiT`): up
+            to `total` frames in all, none of the rows longer than `frames`; see `PACKED`.
         guidance: w for a guided solve, whose conditionings hold both branches; None for a student.
             A request may bring another w.
         slots: How many solves may be under way at once, each with buffers and a stream of its own.
@@ -63,7 +65,7 @@ class GraphSampler:
         self,
         model: Any,
         nfe: int | None = None,
-        buckets: Iterable[tuple[int, int]] = DEFAULT,
+        buckets: Iterable[tuple[int, ...]] = DEFAULT,
         guidance: Tensor | float | None = None,
         slots: int = 1,
         *,
@@ -158,12 +160,13 @@ class GraphSampler:
         lengths = self._check(noise, cond, conditions, guidance)
         times = self.grid if grid is None else self._checked(grid)
         guidance = self.guidance if guidance is None else guidance
-        request = (noise, lengths, cond, times, conditions, guidance)
+        total = requests.total_frames(lengths, self._engine.guided, cond, conditions)
+        request = (noise, lengths, total, cond, times, conditions, guidance)
         with torch.no_grad():
             if not self._engine.stations:
                 self._engine.count(eager=1)
                 return self._eager(*request)
-            reason = self._engine.why_eager(lengths, cond)
+            reason = self._engine.why_eager(lengths, total, cond)
             if reason is None:
                 result = self._replay(*request)
                 if not isinstance(result, Fallback):
@@ -248,6 +251,7 @@ class GraphSampler:
         self,
         noise: Rows,
         lengths: list[int],
+        total: int,
         cond: Conditioning | None,
         times: Tensor,
         conditions: Mapping[str, Any] | None,
@@ -255,7 +259,7 @@ class GraphSampler:
     ) -> Any:
         """The result, or why the bucket has no graph."""
         engine = self._engine
-        bucket = tiers.choose(engine.buckets, lengths)
+        bucket = tiers.choose(engine.buckets, lengths, total)
         assert bucket is not None
         with engine.station() as station:
             program = self._program(station, bucket)
@@ -287,7 +291,7 @@ class GraphSampler:
             station.loaded = None  # should the replay raise
             station.slot.replay(ins, [*graphs, program.graph], outs)
             station.loaded = loaded
-        frames = sum(lengths)
+        frames = total if engine.packed else sum(lengths)
         engine.count(hits=1, frames=frames, padded_frames=bucket.size - frames)
         return result
 
@@ -385,6 +389,7 @@ class GraphSampler:
         self,
         noise: Rows,
         lengths: list[int],
+        total: int,
         cond: Any,
         times: Tensor,
         conditions: Mapping[str, Any] | None,
@@ -399,7 +404,7 @@ class GraphSampler:
             for name, value in requests.with_lengths(conditions, lengths).items():
                 spec = model.inputs[name]
                 given[name] = requests.batch(value, max(lengths), spec, engine.device)
-            cond = engine.prepare(given)
+            cond = engine.prepare(given, total)
         t = times.to(x.device, non_blocking=True)[:, None].expand(-1, len(x)).contiguous()
         tables = self._tables_of(times)
 

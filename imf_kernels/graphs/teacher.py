@@ -29,7 +29,7 @@ class GraphTeacher(Teacher):
 
     Args:
         model, guidance: As for `Teacher`.
-        buckets: `(rows, frames)` each.
+        buckets: `(rows, frames)` each, or `(rows, total, frames)`; see `GraphSampler`.
         slots: How many rollouts may be under way at once.
         prepare: What `model.prepare` is given beside its tensors.
     """
@@ -38,7 +38,7 @@ class GraphTeacher(Teacher):
         self,
         model: Any,
         guidance: Tensor | float | None = None,
-        buckets: Iterable[tuple[int, int]] = DEFAULT,
+        buckets: Iterable[tuple[int, ...]] = DEFAULT,
         slots: int = 1,
         *,
         prepare: Mapping[str, Any] | None = None,
@@ -69,11 +69,12 @@ class GraphTeacher(Teacher):
         if not engine.stations:
             engine.count(eager=1)
             return super().integrate(z, t, r, nfe, cond, spacing=spacing, keep=keep)
-        reason = engine.why_eager(lengths, cond)
+        total = requests.total_frames(lengths, engine.guided, cond)
+        reason = engine.why_eager(lengths, total, cond)
         if z.dtype != torch.float32:
             reason = Fallback("dtype", f"{z.dtype} instead of torch.float32")
         if reason is None:
-            bucket = tiers.choose(engine.buckets, lengths)
+            bucket = tiers.choose(engine.buckets, lengths, total)
             assert bucket is not None
             with engine.station() as station:
                 program = engine.program(
@@ -89,7 +90,7 @@ class GraphTeacher(Teacher):
                         ins += requests.into(program.inputs["guidance"], self.guidance)
                     results, outs = _results(program.outputs, z)
                     station.slot.replay(ins, [program.graph], outs)
-                    frames = sum(lengths)
+                    frames = total if engine.packed else sum(lengths)
                     engine.count(hits=1, frames=frames, padded_frames=bucket.size - frames)
                     return Rollout(
                         results["displacement"],

@@ -15,7 +15,7 @@ LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=8)
 @given(buckets=BUCKETS | PACKS, lengths=LENGTHS)
 def test_the_choice_holds_the_rows_and_nothing_smaller_does(buckets, lengths):
     chosen = choose(buckets, lengths)
-    fitting = [bucket for bucket in buckets if bucket.holds(lengths)]
+    fitting = [b for b in buckets if b.holds(lengths, sum(lengths))]
     assert (chosen is None) == (not fitting)
     if chosen is not None:
         assert chosen in fitting
@@ -37,7 +37,16 @@ def test_what_holds_a_batch_holds_part_of_it(buckets, lengths):
         assert part.size <= whole.size
 
 
-@given(buckets=BUCKETS)
+@given(buckets=PACKS, lengths=LENGTHS, data=st.data())
+def test_fewer_valid_frames_fit_smaller_packed_buckets(buckets, lengths, data):
+    total = data.draw(st.integers(len(lengths), sum(lengths)))
+    whole, chosen = choose(buckets, lengths), choose(buckets, lengths, total)
+    if whole is not None:
+        assert chosen is not None
+        assert total <= chosen.size <= whole.size
+
+
+@given(buckets=BUCKETS | PACKS.filter(bool))
 def test_a_table_has_each_bucket_once_and_the_largest_first(buckets):
     made = table([*buckets, *buckets])
     assert set(made) == set(buckets)
@@ -45,7 +54,9 @@ def test_a_table_has_each_bucket_once_and_the_largest_first(buckets):
     assert [b.size for b in made] == sorted((b.size for b in made), reverse=True)
 
 
-@pytest.mark.parametrize("buckets", [[], [(0, 4)], [(2, -1)], [(1, 2.5)]])
+@pytest.mark.parametrize(
+    "buckets", [[], [(0, 4)], [(2, -1)], [(1, 2.5)], [(1, 2, 0)], [(1, 8), (1, 8, 8)], [(1,)]]
+)
 def test_table_errors(buckets):
     with pytest.raises(ValueError, match="buckets"):
         table(buckets)

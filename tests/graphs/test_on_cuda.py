@@ -17,6 +17,7 @@ from tests.models.tools import VARIANTS, conditions, relative_rms, small_model
 pytestmark = pytest.mark.gpu
 
 BUCKETS = [(1, 96), (2, 96), (4, 64)]
+PACKS = [(2, 128, 96), (4, 160, 64)]
 REQUESTS = ([20], [96, 31], [7, 60, 33], [1], [64, 2, 3, 4])
 
 
@@ -51,14 +52,18 @@ def request_of(model, lengths, seed=0):
 
 
 @pytest.mark.parametrize("guidance", [None, 2.5])
-@pytest.mark.parametrize("nfe", [1, 2, 3, 4])
-def test_equals_the_unpadded_eager_solve(path, variant, nfe, guidance):
+@pytest.mark.parametrize(
+    ("nfe", "buckets"), [(1, BUCKETS), (2, BUCKETS), (3, BUCKETS), (4, BUCKETS), (3, PACKS)]
+)
+def test_equals_the_unpadded_eager_solve(path, variant, nfe, buckets, guidance):
     model = student(variant).cuda()
-    with GraphSampler(model, nfe, BUCKETS, guidance) as sampler:
+    packed = {"packed": True} if buckets is PACKS else {}
+    with GraphSampler(model, nfe, buckets, guidance) as sampler:
         for seed, lengths in enumerate(REQUESTS):
             x, given = request_of(model, lengths, seed)
             cond = model.prepare(**given, guided=guidance is not None)
             want = sample(model, x, cond, "sway", nfe=nfe, guidance=guidance)
+            cond = model.prepare(**given, guided=guidance is not None, **packed)
             assert relative_rms(sampler.sample(x, cond, "sway"), want) <= 1e-5
             assert relative_rms(sampler.sample(x, grid="sway", conditions=given), want) <= 1e-5
         stats = sampler.stats()

@@ -7,11 +7,12 @@ import torch
 
 from imf_kernels import backend, grids, o3s
 from imf_kernels.graphs import GraphSampler
-from imf_kernels.models import Conditioning, TensorSpec
+from imf_kernels.models import CausalUNet, CausalUNetConfig, Conditioning, TensorSpec
 from imf_kernels.sampler import sample
 from tests.models.tools import VARIANTS, conditions, one_row, relative_rms, small_model
 
 BUCKETS = [(1, 24), (1, 48), (2, 48), (4, 40)]
+PACKS = [(1, 24, 24), (2, 48, 48), (4, 90, 48)]
 
 
 def student(variant):
@@ -34,15 +35,19 @@ def variant(request):
 
 
 @pytest.mark.parametrize("guidance", [None, 2.5])
-@pytest.mark.parametrize("nfe", [1, 2, 3, 4])
-def test_equals_the_eager_solve(either, variant, nfe, guidance):
+@pytest.mark.parametrize(
+    ("nfe", "buckets"), [(1, BUCKETS), (2, BUCKETS), (3, BUCKETS), (4, BUCKETS), (2, PACKS)]
+)
+def test_equals_the_eager_solve(either, variant, nfe, buckets, guidance):
     model = student(variant)
-    sampler = GraphSampler(model, nfe, BUCKETS, guidance)
+    sampler = GraphSampler(model, nfe, buckets, guidance)
+    packed = {"packed": True} if buckets is PACKS else {}
     for seed, lengths in enumerate([[20], [48, 31], [7, 40, 33], [1]]):
         given = conditions(model, lengths, seed)
         x = noise(len(lengths), max(lengths), seed)
         cond = model.prepare(**given, guided=guidance is not None)
         want = sample(model, x, cond, "sway", nfe=nfe, guidance=guidance)
+        cond = model.prepare(**given, guided=guidance is not None, **packed)
         prepared = sampler.sample(x, cond, "sway")
         inside = sampler.sample(x, grid="sway", conditions=given)
         assert relative_rms(prepared, want) <= 1e-5
@@ -54,9 +59,10 @@ def test_equals_the_eager_solve(either, variant, nfe, guidance):
     assert (stats.hits, stats.eager) == ((8, 0) if either == "graphs" else (0, 8))
 
 
-def test_rows_of_their_own_lengths(either, variant):
+@pytest.mark.parametrize("buckets", [BUCKETS, PACKS])
+def test_rows_of_their_own_lengths(either, variant, buckets):
     model = student(variant)
-    sampler = GraphSampler(model, 2, BUCKETS)
+    sampler = GraphSampler(model, 2, buckets)
     lengths = [17, 40, 3]
     given = conditions(model, lengths)
     x = noise(3, 40)
@@ -110,9 +116,10 @@ def test_odd_tensors_of_a_request(either, variant):
     assert relative_rms(sampler.sample(x, cond), want) <= 1e-5
 
 
-def test_a_request_sees_nothing_of_the_one_before(taped, variant):
+@pytest.mark.parametrize("bucket", [(4, 40), (4, 160, 40)])
+def test_a_request_sees_nothing_of_the_one_before(taped, variant, bucket):
     model = student(variant)
-    sampler = GraphSampler(model, 2, [(4, 40)])
+    sampler = GraphSampler(model, 2, [bucket])
     poison = conditions(model, [40, 40, 40, 40])
     for value in poison.values():
         if value.is_floating_point():
@@ -562,12 +569,20 @@ def test_errors_of_conditions(either, change, message):
         ({"guidance": torch.ones(1)}, TypeError, "guidance"),
         ({"guidance": float("nan")}, ValueError, "guidance"),
         ({"prepare": {"upstream_padding": True}}, ValueError, "prepare"),
+        ({"prepare": {"packed": True}}, ValueError, "prepare: expected no `packed`"),
+        ({"buckets": [(1, 24), (1, 24, 24)]}, ValueError, "buckets: expected padded ones or"),
         ({"model": lambda x, t, r, cond: x}, TypeError, "model: expected a module"),
     ],
 )
 def test_errors_of_construction(arguments, error, message):
     with pytest.raises(error, match=message):
         GraphSampler(**{"model": student("f5_v1"), "nfe": 2, **arguments})
+
+
+def test_packed_buckets_need_a_model_that_evaluates_packed_rows():
+    config = CausalUNetConfig(dim=32, mid_blocks=1, depth=1, heads=2, head_dim=16, channels=12)
+    with pytest.raises(ValueError, match=r"buckets: expected \(rows, frames\), as this model"):
+        GraphSampler(CausalUNet(config), 2, PACKS)
 
 
 def test_closed_is_closed(either):

@@ -6,6 +6,7 @@ from imf_kernels.graphs import GraphTeacher
 from tests.models.tools import VARIANTS, conditions, relative_rms, small_model
 
 BUCKETS = [(1, 48), (2, 32), (4, 40)]
+PACKS = [(2, 60, 32), (4, 90, 40)]
 
 
 @pytest.fixture(params=VARIANTS)
@@ -18,17 +19,18 @@ def interval(rows):
 
 
 @pytest.mark.parametrize("guidance", [None, 2.0, "rows"])
-@pytest.mark.parametrize("keep", [False, True])
-def test_rolls_out_as_the_eager_teacher(either, model, guidance, keep):
+@pytest.mark.parametrize(("keep", "buckets"), [(False, BUCKETS), (True, BUCKETS), (False, PACKS)])
+def test_rolls_out_as_the_eager_teacher(either, model, guidance, keep, buckets):
     for lengths in ([32, 20], [9, 40, 33]):
         rows, frames = len(lengths), max(lengths)
         w = torch.linspace(1.5, 3.0, rows) if guidance == "rows" else guidance
-        eager, graphs = Teacher(model, w), GraphTeacher(model, w, BUCKETS)
-        cond = eager.prepare(**conditions(model, lengths))
+        eager, graphs = Teacher(model, w), GraphTeacher(model, w, buckets)
+        given = conditions(model, lengths)
+        cond, own = eager.prepare(**given), eager.prepare(**given, packed=buckets is PACKS)
         z, (t, r) = torch.randn(rows, frames, 12), interval(rows)
         for spacing in ("uniform", "sway"):
             want = eager.integrate(z, t, r, 3, cond, spacing=spacing, keep=keep)
-            got = graphs.integrate(z, t, r, 3, cond, spacing=spacing, keep=keep)
+            got = graphs.integrate(z, t, r, 3, own, spacing=spacing, keep=keep)
             for name, tensor in want._asdict().items():
                 mine = getattr(got, name)
                 if tensor is None:
@@ -53,10 +55,16 @@ def test_one_capture_serves_every_interval_of_a_length(taped, model):
 
 
 def test_an_objective_takes_it(either, model):
-    given = conditions(model, [32, 20])
-    batch = Batch(torch.randn(2, 32, 12), given.pop("lengths"), given)
-    results = []
-    for kind, options in ((Teacher, {}), (GraphTeacher, {"buckets": BUCKETS})):
+    """And packed rows, as any condition."""
+    given, x1 = conditions(model, [32, 20]), torch.randn(2, 32, 12)
+    lengths, results = given.pop("lengths"), []
+    for kind, options, more in (
+        (Teacher, {}, {}),
+        (Teacher, {}, {"packed": True}),
+        (GraphTeacher, {"buckets": BUCKETS}, {}),
+        (GraphTeacher, {"buckets": PACKS}, {"packed": 55}),
+    ):
+        batch = Batch(x1, lengths, given | more)
         student = model.student()
         generator = torch.Generator().manual_seed(0)
         objective = IntMeanFlow(
@@ -65,8 +73,9 @@ def test_an_objective_takes_it(either, model):
         loss, _ = objective(student, batch)
         loss.backward()
         results.append((loss, student.proj_out.weight.grad))
-    for got, want in zip(results[1], results[0], strict=True):
-        assert relative_rms(got.detach(), want.detach()) <= 1e-4
+    for result in results[1:]:
+        for got, want in zip(result, results[0], strict=True):
+            assert relative_rms(got.detach(), want.detach()) <= 1e-4
 
 
 def test_what_no_bucket_holds_runs_eagerly(taped, model):
