@@ -7,6 +7,7 @@ CUDA ones would wait for the device. The README has three short examples.
 
 from imf_kernels import (
     distill,
+    fp8,
     graphs,
     grids,
     guidance,
@@ -31,6 +32,7 @@ __all__ = [
     "backend",
     "backends",
     "distill",
+    "fp8",
     "graphs",
     "grids",
     "guidance",

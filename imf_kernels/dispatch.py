@@ -36,7 +36,7 @@ def forced() -> str:
     return _forced.get()
 
 
-def _constant_to_dynamo(function: Any) -> None:
+def constant_to_dynamo(function: Any) -> None:
     """Let `torch.compile` take the function's result, here a ContextVar's, as a constant.
 
     `torch.compiler.assume_constant_result` does just this, but importing dynamo for it costs every
@@ -45,7 +45,7 @@ def _constant_to_dynamo(function: Any) -> None:
     function._dynamo_marked_constant = True
 
 
-_constant_to_dynamo(forced)
+constant_to_dynamo(forced)
 
 
 def _load_extension() -> Any:
@@ -136,7 +136,7 @@ def triton_runs() -> bool:
     return _triton_starts()
 
 
-_constant_to_dynamo(triton_runs)
+constant_to_dynamo(triton_runs)
 
 
 @functools.cache

@@ -32,11 +32,14 @@ from imf_kernels.ops.mean_velocity_loss import _launch_backward as loss_backward
 from imf_kernels.ops.mean_velocity_loss import _launch_forward as loss_forward
 from imf_kernels.ops.modulated_layer_norm import _launch_backward as norm_backward
 from imf_kernels.ops.modulated_layer_norm import _launch_forward as norm_forward
+from imf_kernels.ops.quantize_rows import _launch as quantize
 from imf_kernels.ops.rope_qkv import _launch as rope
 from imf_kernels.ops.rope_qkv import _launch_norm_backward as rope_norm_backward
 from imf_kernels.rows import Rows
 
 ARCHITECTURES = (80, 90)
+FP8_FROM = 89
+"""The first architecture that converts to FP8: before it no such kernel is launched."""
 FRAMES = {80: 640, 100: 937}
 """Odd frame counts for F5-TTS's 100 channels: rows then start off 16-byte boundaries."""
 
@@ -118,6 +121,24 @@ def forms() -> Iterator[tuple[str, Callable[..., object], tuple[Any, ...]]]:
             yield name, attention.backward, (out, qkv, out, lse, rows, chunk, 0.125)
 
 
+def fp8_forms() -> Iterator[tuple[str, Callable[..., object], tuple[Any, ...]]]:
+    """The same for the kernels that write FP8."""
+    dims, dtypes = (192, 256, 768, 1024, 2048), (torch.float32, torch.bfloat16)
+    rows = Rows.padded(torch.tensor([937, 500]), 937)
+    frames = len(rows.row_of)
+    for dim, dtype in itertools.product(dims, dtypes):
+        label = f"D={dim} {dtype}"
+        x = torch.empty(frames, dim, dtype=dtype)
+        yield f"{label} fp8", quantize, (x, False)
+        yield f"{label} fp8 gelu", quantize, (x, True)
+        for name, rows_of_table, table in (("", 2, dtype), (" table", 1, torch.float32)):
+            modulation = torch.empty(rows_of_table, 6 * dim, dtype=table)
+            gate, shift, scale = modulation.chunk(6, dim=1)[:3]
+            tail = (rows.row_of, 1e-6, True)
+            yield f"{label} fp8{name}", norm_forward, (x, x, gate, shift, scale, *tail)
+            yield f"{label} fp8 first{name}", norm_forward, (x, None, None, shift, scale, *tail)
+
+
 def resources(cubin: bytes) -> dict[str, int]:
     """Registers, stack and shared memory as `cuobjdump` reads them; spills show as stack."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -140,7 +161,8 @@ def compile_all() -> Iterator[dict[str, Any]]:
     _triton.launcher = compile_only
     for architecture in ARCHITECTURES:
         driver.set_active(NoDevice(architecture))
-        for label, launcher, args in forms():
+        fp8 = fp8_forms() if architecture >= FP8_FROM else ()
+        for label, launcher, args in itertools.chain(forms(), fp8):
             launcher(*args)
             for kernel, binary in compiled:
                 file = Path(kernel.fn.__code__.co_filename).stem

@@ -27,6 +27,7 @@ FLOORS = {
     "sampler": 3,
     "objectives": 3,
     "distill": 4,
+    "fp8": 4,
     "graphs": 4,
     "o3s": 4,
 }

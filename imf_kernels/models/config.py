@@ -8,6 +8,8 @@ from typing import Any
 from imf_kernels import checks
 
 VARIANTS = ("f5_v0", "f5_v1", "cosyvoice3")
+FP8_LAYERS = ("qkv", "out", "ff")
+"""A block's matrix products: q, k and v; the attention's output; both of the MLP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,8 @@ class DiTConfig:
     """D of the mixer's initial `[D 0]`, times the identity."""
     baked: bool = False
     """Without time embedding, mixer and adaLN weights: evaluated from step tables only."""
+    fp8: tuple[str, ...] = ()
+    """Which of `FP8_LAYERS` multiply in FP8, in every block: for inference only."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "head_dim", "ff_mult", "channels", "chunk"):
@@ -67,6 +71,9 @@ class DiTConfig:
             raise ValueError(f"head_dim: expected an even number (RoPE), got {self.head_dim}")
         if self.rope_heads is not None and not 0 <= self.rope_heads <= self.heads:
             raise ValueError(f"rope_heads: expected 0 to {self.heads}, got {self.rope_heads}")
+        for layer in self.fp8:
+            checks.choice("fp8", layer, FP8_LAYERS)
+        object.__setattr__(self, "fp8", tuple(self.fp8))  # JSON has lists
 
     @staticmethod
     def for_variant(variant: str, *, text: TextConfig | None = None, **sizes: Any) -> DiTConfig:

@@ -7,7 +7,7 @@ on `t, r` once, and `evaluate` does the rest. Module names follow the clients' c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from imf_kernels import checks, masks
 from imf_kernels.models import linears, state_dicts
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
-from imf_kernels.models.config import DiTConfig, TextConfig
-from imf_kernels.models.linears import FusedLinears
+from imf_kernels.models.config import FP8_LAYERS, DiTConfig, TextConfig
+from imf_kernels.models.linears import Fp8Linear, FusedLinears
 from imf_kernels.models.positions import (
     CausalConvPositionEmbedding,
     ConvPositionEmbedding,
@@ -33,8 +33,10 @@ from imf_kernels.models.time_embedding import TimeEmbedding, TimeEmbedMixer
 from imf_kernels.ops import (
     attention,
     gated_residual_norm,
+    gated_residual_norm_fp8,
     linear,
     modulated_layer_norm,
+    modulated_layer_norm_fp8,
     rope_qkv,
 )
 from imf_kernels.rows import Rows
@@ -48,17 +50,21 @@ class Attention(nn.Module):
         inner = config.heads * config.head_dim
         self.heads = config.heads
         self.rope_heads = config.rope_heads
-        self.to_q = nn.Linear(config.dim, inner)
-        self.to_k = nn.Linear(config.dim, inner)
-        self.to_v = nn.Linear(config.dim, inner)
-        self.to_out = nn.ModuleList([nn.Linear(inner, config.dim)])
+        self.to_qkv: Any = None
+        if "qkv" in config.fp8:
+            self.to_qkv = Fp8Linear(config.dim, 3 * inner)
+        else:
+            self.to_q = nn.Linear(config.dim, inner)
+            self.to_k = nn.Linear(config.dim, inner)
+            self.to_v = nn.Linear(config.dim, inner)
+        self.to_out = nn.ModuleList([linears.new(inner, config.dim, "out" in config.fp8)])
         self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
         self._fused = FusedLinears()
 
-    def forward(self, x: Tensor, rows: Rows, rope: Tensor, chunk: Tensor | None) -> Tensor:
-        """`(T, D)` to `(T, D)`."""
-        qkv = self._fused.apply(self.projections, x).unflatten(-1, (3, self.heads, -1))
+    def forward(self, x: Any, rows: Rows, rope: Tensor, chunk: Tensor | None) -> Tensor:
+        """`(T, D)` to `(T, D)`; `x` is `Quantized` for a `to_qkv`."""
+        qkv = self.project(x).unflatten(-1, (3, self.heads, -1))
         weights: dict[str, Any] = {}
         if self.q_norm is not None and self.k_norm is not None:
             weights = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
@@ -67,27 +73,36 @@ class Attention(nn.Module):
         h = attention(qkv, rows, chunk)
         return linears.apply(self.to_out[0], h.flatten(1))
 
+    def project(self, x: Any) -> Tensor:
+        """q, k and v side by side, `(T, 3 H head_dim)`."""
+        if self.to_qkv is not None:
+            return self.to_qkv(x)
+        return self._fused.apply(self.projections, x)
+
     @property
     def projections(self) -> tuple[nn.Module, ...]:
         return self.to_q, self.to_k, self.to_v
 
     def fuse_weights(self) -> None:
-        if all(map(linears.plain, self.projections)):
+        if self.to_qkv is None and all(map(linears.plain, self.projections)):
             self._fused.fuse(self.projections)
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        inner = config.ff_mult * config.dim
+        inner, fp8 = config.ff_mult * config.dim, "ff" in config.fp8
         self.ff = nn.Sequential(
-            nn.Sequential(nn.Linear(config.dim, inner), nn.GELU(approximate="tanh")),
+            nn.Sequential(linears.new(config.dim, inner, fp8), nn.GELU(approximate="tanh")),
             nn.Identity(),  # the clients' dropout, which a velocity model does not use
-            nn.Linear(inner, config.dim),
+            linears.new(inner, config.dim, fp8),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Tensor:
+        """`(T, D)` to `(T, D)`; `x` is `Quantized` for layers in FP8."""
         first: Any = self.ff[0]
+        if isinstance(self.ff[2], Fp8Linear):
+            return self.ff[2](first[0](x), gelu=True)
         return linears.apply(self.ff[2], linears.apply(first[0], x, gelu=True))
 
 
@@ -105,10 +120,15 @@ class AdaLN(nn.Module):
 
 
 class Block(nn.Module):
-    """adaLN attention and MLP, each on a gated residual."""
+    """adaLN attention and MLP, each on a gated residual.
 
-    def __init__(self, config: DiTConfig) -> None:
+    A norm writes what the layer that reads it wants, which after the last block is no FP8.
+    """
+
+    def __init__(self, config: DiTConfig, last: bool = False) -> None:
         super().__init__()
+        self.norm_before_ff = _norm("ff" in config.fp8)
+        self.norm_before_next = _norm("qkv" in config.fp8 and not last)
         self.attn_norm: Any = None if config.baked else AdaLN(config.dim, 6)
         self.attn = Attention(config)
         self.ff = FeedForward(config)
@@ -116,24 +136,28 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        y: Tensor,
+        y: Any,
         modulation: Tensor,
         shift: Tensor,
         scale: Tensor,
         rows: Rows,
         rope: Tensor,
         chunk: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Any]:
         """From the residual stream `x` and its modulated norm `y` to the same after this block.
 
         `modulation` `(R, 6, D)` is the block's own, of which the first two have made `y`; `shift`
         and `scale` are of the norm that follows.
         """
         _, _, gate_a, shift_f, scale_f, gate_f = modulation.unbind(1)
-        x, y = gated_residual_norm(
+        x, y = self.norm_before_ff(
             x, self.attn(y, rows, rope, chunk), gate_a, shift_f, scale_f, rows
         )
-        return gated_residual_norm(x, self.ff(y), gate_f, shift, scale, rows)
+        return self.norm_before_next(x, self.ff(y), gate_f, shift, scale, rows)
+
+
+def _norm(fp8: bool) -> Any:
+    return gated_residual_norm_fp8 if fp8 else gated_residual_norm
 
 
 class InputEmbedding(nn.Module):
@@ -174,7 +198,9 @@ class DiT(nn.Module):
         self.text_embed = TextTower(config.text) if config.text is not None else None
         self.input_embed = InputEmbedding(config)
         self.rotary_embed = RotaryEmbedding(config.head_dim)
-        self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.transformer_blocks = nn.ModuleList(
+            Block(config, last=i == config.depth - 1) for i in range(config.depth)
+        )
         self.long_skip_connection = (
             nn.Linear(2 * config.dim, config.dim, bias=False) if config.long_skip else None
         )
@@ -183,6 +209,8 @@ class DiT(nn.Module):
         self._fused_adaln = FusedLinears()
         self.checkpoint_activations = False
         self._reset_output()
+        if config.fp8:
+            self.eval().requires_grad_(False)
 
     def _reset_output(self) -> None:
         """adaLN-Zero: every block starts as the identity and the velocity as 0."""
@@ -248,6 +276,8 @@ class DiT(nn.Module):
         With the identity it equals this model for every r. It is trainable and in training mode,
         whatever this model is.
         """
+        if self.config.fp8:
+            raise ValueError("student: expected a model to train, got one in FP8")
         student = DiT(replace(self.config, mixer=True, mixer_diagonal=diagonal))
         student.to(device=self.proj_out.weight.device, dtype=self.dtype)
         student.load_state_dict(self.state_dict())
@@ -260,6 +290,34 @@ class DiT(nn.Module):
         kept = baked.state_dict().keys()
         baked.load_state_dict({k: v for k, v in self.state_dict().items() if k in kept})
         return baked.eval()
+
+    def fp8(self, layers: Sequence[str] = FP8_LAYERS) -> DiT:
+        """A copy for inference, its blocks' matrix products in FP8 and the rest in bfloat16.
+
+        It holds no other copy of these weights: a snapshot, which cannot be trained. They are
+        quantised from the weights as they are here, float32 at best. `imf_kernels.fp8` chooses the
+        layers by measurement, and measures the error.
+
+        Args:
+            layers: Which products, "qkv", "out" (the attention's output) and "ff" (both of the
+                MLP).
+
+        Raises:
+            ValueError: another layer, a model in FP8, or sizes that are no multiples of 16.
+        """
+        if self.config.fp8:
+            raise ValueError(f"model: expected one without FP8, got {self.config.fp8}")
+        quantised = DiT(replace(self.config, fp8=tuple(layers)))
+        quantised.to(device=self.proj_out.weight.device, dtype=torch.bfloat16)
+        state = self.state_dict()
+        if "qkv" in layers:
+            for i in range(self.config.depth):
+                for part in ("weight", "bias"):
+                    name = f"transformer_blocks.{i}.attn.to_{{}}.{part}"
+                    parts = [state.pop(name.format(section)) for section in "qkv"]
+                    state[name.format("qkv")] = torch.cat(parts)
+        quantised.load_state_dict(state)
+        return quantised.eval()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -447,7 +505,8 @@ class DiT(nn.Module):
         rope, chunk = cond["rope"], cond.get("chunk")
         scale, shift = modulation.final.unbind(1)
         norms = [(m[:, 0], m[:, 1]) for m in modulation.blocks] + [(shift, scale)]
-        x, y = h, modulated_layer_norm(h, *norms[0], rows)
+        first: Any = modulated_layer_norm_fp8 if "qkv" in self.config.fp8 else modulated_layer_norm
+        x, y = h, first(h, *norms[0], rows)
         for block, own, following in zip(
             self.transformer_blocks, modulation.blocks, norms[1:], strict=True
         ):

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from imf_kernels.ops.fp8_linear import MULTIPLE, fp8_linear
 from imf_kernels.ops.linear import linear
+from imf_kernels.ops.quantize_rows import FP8, Quantized, quantize_rows
 
 
 def plain(layer: Any) -> bool:
@@ -17,12 +19,71 @@ def plain(layer: Any) -> bool:
     return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def apply(layer: Any, x: Tensor, gelu: bool = False) -> Tensor:
+def apply(layer: Any, x: Any, gelu: bool = False) -> Tensor:
     """`layer(x)` for `x` `(T, K)`, optionally followed by GELU-tanh."""
     if plain(layer):
         return linear(x, layer.weight, layer.bias, gelu)
     y = layer(x)
     return F.gelu(y, approximate="tanh") if gelu else y
+
+
+class Fp8Linear(nn.Module):
+    """A frozen linear layer in FP8: quantised once, with a scale per output channel.
+
+    Its buffers are saved and loaded as they are; a float `weight` is quantised as it is loaded.
+    They move with the model and are never cast. The product is in bfloat16.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        if in_features % MULTIPLE or out_features % MULTIPLE:
+            raise ValueError(
+                f"fp8: expected layers whose sizes are multiples of {MULTIPLE}, "
+                f"got {in_features} to {out_features}"
+            )
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=FP8))
+        self.register_buffer("weight_scale", torch.ones(out_features, 1))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.bfloat16))
+        self.training = False
+
+    def forward(self, x: Tensor | Quantized, gelu: bool = False) -> Tensor:
+        """Bfloat16 `(T, N)`, of `x` `(T, K)` or, with `gelu`, of `gelu_tanh(x)`.
+
+        What is not quantised yet is quantised here, in one pass with the GELU.
+        """
+        if not isinstance(x, Quantized):
+            x = quantize_rows(x, gelu)
+        return fp8_linear(x, Quantized(self.weight, self.weight_scale), self.bias)
+
+    def train(self, mode: bool = True) -> Fp8Linear:
+        if mode:
+            raise RuntimeError(
+                "an FP8 model is for inference: train the model that it was made from"
+            )
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Fp8Linear:
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.dtype != FP8:
+            q, scale = quantize_rows(weight.to(self.weight.device))
+            state_dict = {**state_dict, prefix + "weight": q, prefix + "weight_scale": scale}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def new(in_features: int, out_features: int, fp8: bool) -> nn.Module:
+    """A linear layer, in FP8 or not."""
+    return (Fp8Linear if fp8 else nn.Linear)(in_features, out_features)
 
 
 class FusedLinears:

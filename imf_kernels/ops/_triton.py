@@ -32,18 +32,31 @@ else:
 
 
 if HAS_TRITON:
-    # the interpreter multiplies the bits of bfloat16
-    _WIDEN_DOTS = tl.constexpr(INTERPRETED)
+    _INTERPRETED = tl.constexpr(INTERPRETED)
 
     @jit
     def dot(b_a, b_b, ACC: tl.constexpr):
         """`a b` in full precision of its operands, accumulated in `ACC`."""
-        if _WIDEN_DOTS:
+        if _INTERPRETED:  # it multiplies the bits of bfloat16
             b_a, b_b = b_a.to(ACC), b_b.to(ACC)
         return tl.dot(b_a, b_b, input_precision="ieee", out_dtype=ACC)
 
+    @jit
+    def to_e4m3(b):
+        """float32 to float8_e4m3fn: to the nearest, saturating at 448, NaN stays NaN."""
+        if _INTERPRETED:  # its cast knows neither NaN nor rounding below 2^-6
+            b_bits = b.to(tl.int32, bitcast=True)
+            b_abs = b_bits & 0x7FFFFFFF
+            b_code = ((b_abs + 0x7FFFF + ((b_abs >> 20) & 1)) >> 20) - (120 << 3)
+            # at 2^14 a float32's last place is 2^-9, the step of numbers below 2^-6
+            b_small = (tl.abs(b) + 16384.0).to(tl.int32, bitcast=True) & 0xF
+            b_code = tl.where(b_abs < 0x3C800000, b_small, tl.minimum(b_code, 0x7E))
+            b_code = tl.where(b_abs > 0x7F800000, 0x7F, b_code) | ((b_bits >> 24) & 0x80)
+            return b_code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        return b.to(tl.float8e4nv)
+
 else:
-    dot = None
+    dot = to_e4m3 = None
 
 
 def cdiv(a: int, b: int) -> int:
@@ -71,4 +84,4 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         launcher(kernel, grid, *args, **options)
 
 
-__all__ = ["accumulator", "cdiv", "dot", "jit", "launch", "next_power_of_2", "tl"]
+__all__ = ["accumulator", "cdiv", "dot", "jit", "launch", "next_power_of_2", "tl", "to_e4m3"]

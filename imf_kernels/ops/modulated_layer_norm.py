@@ -6,7 +6,8 @@
 `norm(x) = (x - mean) / sqrt(var + eps)` over the D channels of a frame, without affine. `gate`,
 `scale` and `shift` are one row of modulation per row of the batch, or one for all: strided views of
 `(R, 6, D)` or of a step table, read in place. The first branch of a model has no residual before
-it. (DiT, arXiv 2212.09748, adaLN-Zero.)
+it. For branches that multiply in FP8, `..._fp8` give y as `quantize_rows` would, in the same pass.
+(DiT, arXiv 2212.09748, adaLN-Zero.)
 """
 
 from __future__ import annotations
@@ -30,6 +31,14 @@ from imf_kernels.ops._rows import (
     selected,
 )
 from imf_kernels.ops._triton import accumulator, cdiv, jit, launch, next_power_of_2, tl
+from imf_kernels.ops.quantize_rows import (
+    Quantized,
+    check_no_gradient,
+    empty,
+    runs_triton,
+    store_quantized,
+)
+from imf_kernels.ops.quantize_rows import reference as quantized
 from imf_kernels.rows import Rows
 
 
@@ -43,13 +52,41 @@ def reference(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, the specification: `(x', y)`."""
+    x, y = _wide_reference(x, h, gate, shift, scale, rows, eps)
+    return x, y.to(x.dtype)
+
+
+def reference_fp8(
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Rows | None,
+    eps: float,
+) -> tuple[Tensor, Quantized]:
+    """The same with y in FP8, which is not rounded before."""
+    x, y = _wide_reference(x, h, gate, shift, scale, rows, eps)
+    return x, quantized(y, gelu=False)
+
+
+def _wide_reference(
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Rows | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """x' in its dtype, y before it is rounded."""
     x = selected(x, rows)
     if h is not None and gate is not None:
         h = selected(h, rows)
         x = (wide(x) + per_frame(wide(gate), rows) * wide(h)).to(x.dtype)
     norm = F.layer_norm(wide(x), x.shape[-1:], eps=eps)
     y = norm * (1 + per_frame(wide(scale), rows)) + per_frame(wide(shift), rows)
-    return x, selected(y.to(x.dtype), rows)
+    return x, selected(y, rows)
 
 
 @jit
@@ -62,6 +99,7 @@ def _forward_kernel(
     p_row_of,
     p_x_out,
     p_y,
+    p_y_scale,
     stride_gate,
     stride_shift,
     stride_scale,
@@ -70,6 +108,7 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr,
     RESIDUAL: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     frame = tl.program_id(0).to(tl.int64)
@@ -80,10 +119,13 @@ def _forward_kernel(
     if HAS_ROWS:
         row = tl.load(p_row_of + frame).to(tl.int64)
         if row < 0:  # a frame of no row
-            b_zero = tl.zeros([BLOCK_D], p_y.dtype.element_ty)
-            tl.store(p_y + o_frame, b_zero, mask=m)
+            b_zero = tl.zeros([BLOCK_D], tl.float32)
+            if QUANTIZE:
+                store_quantized(p_y + o_frame, p_y_scale + frame, b_zero, m)
+            else:
+                tl.store(p_y + o_frame, b_zero.to(p_y.dtype.element_ty), mask=m)
             if RESIDUAL:
-                tl.store(p_x_out + o_frame, b_zero, mask=m)
+                tl.store(p_x_out + o_frame, b_zero.to(p_x_out.dtype.element_ty), mask=m)
             return
     b_x = tl.load(p_x + o_frame, mask=m, other=0.0).to(ACC)
     if RESIDUAL:
@@ -97,7 +139,10 @@ def _forward_kernel(
     b_shift = tl.load(p_shift + row * stride_shift + o, mask=m, other=0.0).to(ACC)
     b_scale = tl.load(p_scale + row * stride_scale + o, mask=m, other=0.0).to(ACC)
     b_y = b_norm * (1 + b_scale) + b_shift
-    tl.store(p_y + o_frame, b_y.to(p_y.dtype.element_ty), mask=m)
+    if QUANTIZE:
+        store_quantized(p_y + o_frame, p_y_scale + frame, b_y.to(tl.float32), m)
+    else:
+        tl.store(p_y + o_frame, b_y.to(p_y.dtype.element_ty), mask=m)
 
 
 @jit(do_not_specialize=["frames"])
@@ -180,9 +225,12 @@ def _launch_forward(
     scale: Tensor,
     row_of: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+    quantize: bool = False,
+) -> tuple[Tensor, Tensor, Any]:
+    """x' (empty without `h`), y, and y's scale if it is quantised, else None."""
     frames, dim = x.shape
-    x_out, y = x.new_empty(x.shape if h is not None else (0,)), x.new_empty(x.shape)
+    x_out = x.new_empty(x.shape if h is not None else (0,))
+    y, y_scale = empty(x) if quantize else (x.new_empty(x.shape), None)
     block = next_power_of_2(dim)
     launch(
         _forward_kernel,
@@ -195,6 +243,7 @@ def _launch_forward(
         row_of,
         x_out,
         y,
+        y_scale,
         0 if gate is None else row_stride(gate),
         row_stride(shift),
         row_stride(scale),
@@ -203,10 +252,11 @@ def _launch_forward(
         BLOCK_D=block,
         RESIDUAL=h is not None,
         HAS_ROWS=row_of is not None,
+        QUANTIZE=quantize,
         ACC=accumulator(x),
         num_warps=row_warps(block),
     )
-    return x_out, y
+    return x_out, y, y_scale
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -318,7 +368,7 @@ def _op(
     """x' (empty without `h`) and y."""
     x, h = contiguous(x, h)
     if dispatch.runs_triton(x):
-        return _launch_forward(x, h, gate, shift, scale, row_of, eps)
+        return _launch_forward(x, h, gate, shift, scale, row_of, eps)[:2]
     if _has_cpp(x, h, gate, shift, scale):
         return torch.ops.imf_kernels.modulated_layer_norm_cpu(x, h, gate, shift, scale, row_of, eps)
     rows = _layout(starts, lengths, row_of, longest)
@@ -397,6 +447,33 @@ def _backward(ctx, grad_out, grad_y):
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
+@torch.library.custom_op("imf_kernels::modulated_layer_norm_fp8", mutates_args=())
+def _op_fp8(
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    row_of: Tensor | None,
+    longest: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x' (empty without `h`), y and its scale."""
+    x, h = contiguous(x, h)
+    if runs_triton(x):
+        return _launch_forward(x, h, gate, shift, scale, row_of, eps, quantize=True)
+    rows = _layout(starts, lengths, row_of, longest)
+    x_out, y = reference_fp8(x, h, gate, shift, scale, rows, eps)
+    return x.new_empty(0) if h is None else x_out, *y
+
+
+@_op_fp8.register_fake
+def _(x, h, gate, shift, scale, starts, lengths, row_of, longest, eps):
+    return x.new_empty(x.shape if h is not None else (0,)), *empty(x)
+
+
 def modulated_layer_norm(
     x: Tensor, shift: Tensor, scale: Tensor, rows: Rows | None = None, eps: float = 1e-6
 ) -> Tensor:
@@ -439,10 +516,33 @@ def gated_residual_norm(
     Returns:
         `(x', y)`, both `(T, D)` in `x`'s dtype.
     """
-    checks.shape("h", h, *x.shape)
-    checks.floating("h", h)
-    checks.same_device("h", h, x.device)
     return _run(x, h, gate, shift, scale, rows, eps)
+
+
+def modulated_layer_norm_fp8(
+    x: Tensor, shift: Tensor, scale: Tensor, rows: Rows | None = None, eps: float = 1e-6
+) -> Quantized:
+    """`quantize_rows(modulated_layer_norm(...))` in one pass, of y as it is before rounding.
+
+    The arguments are those of `modulated_layer_norm`, without gradients.
+    """
+    return _run_fp8(x, None, None, shift, scale, rows, eps)[1]
+
+
+def gated_residual_norm_fp8(
+    x: Tensor,
+    h: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Rows | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Quantized]:
+    """`gated_residual_norm` with y in FP8, quantised as it is before rounding.
+
+    The arguments are those of `gated_residual_norm`, without gradients.
+    """
+    return _run_fp8(x, h, gate, shift, scale, rows, eps)
 
 
 def _run(
@@ -454,15 +554,48 @@ def _run(
     rows: Rows | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    checks.shape("x", x, "T", "D")
-    checks.floating("x", x)
-    if rows is not None:
-        check_rows(rows, x)
-    for name, modulation in (("gate", gate), ("shift", shift), ("scale", scale)):
-        if modulation is not None:
-            check_modulation(name, modulation, x, rows)
+    _check(x, h, gate, shift, scale, rows)
     cpp = all(a is None or a.dtype == torch.float32 for a in (x, h, gate, shift, scale))
     if not dispatch.use_kernel(x, h, gate, shift, scale, cpp=cpp):
         return reference(x, h, gate, shift, scale, rows, eps)
     layout = (None, None, None, 0) if rows is None else rows
     return _op(x, h, gate, shift, scale, *layout, eps)
+
+
+def _run_fp8(
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Rows | None,
+    eps: float,
+) -> tuple[Tensor, Quantized]:
+    _check(x, h, gate, shift, scale, rows)
+    check_no_gradient(x=x, h=h, gate=gate, shift=shift, scale=scale)
+    if not dispatch.use_kernel(x, h, gate, shift, scale):
+        return reference_fp8(x, h, gate, shift, scale, rows, eps)
+    layout = (None, None, None, 0) if rows is None else rows
+    x_out, *y = _op_fp8(x, h, gate, shift, scale, *layout, eps)
+    return x_out, Quantized(*y)
+
+
+def _check(
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Rows | None,
+) -> None:
+    checks.shape("x", x, "T", "D")
+    checks.floating("x", x)
+    if h is not None:
+        checks.shape("h", h, *x.shape)
+        checks.floating("h", h)
+        checks.same_device("h", h, x.device)
+    if rows is not None:
+        check_rows(rows, x)
+    for name, modulation in (("gate", gate), ("shift", shift), ("scale", scale)):
+        if modulation is not None:
+            check_modulation(name, modulation, x, rows)

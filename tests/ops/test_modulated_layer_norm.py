@@ -1,8 +1,20 @@
 import pytest
 import torch
 
-from imf_kernels.ops import gated_residual_norm, modulated_layer_norm
-from imf_kernels.ops.modulated_layer_norm import _op, _op_backward, _reference_backward, reference
+from imf_kernels.ops import (
+    gated_residual_norm,
+    gated_residual_norm_fp8,
+    modulated_layer_norm,
+    modulated_layer_norm_fp8,
+)
+from imf_kernels.ops.modulated_layer_norm import (
+    _op,
+    _op_backward,
+    _op_fp8,
+    _reference_backward,
+    reference,
+)
+from imf_kernels.ops.quantize_rows import FP8
 from imf_kernels.rows import Rows
 from tests.ops.layouts import LAYOUTS, alone, assert_nothing_else, layout, poisoned, rows_of
 from tests.ops.tools import (
@@ -231,3 +243,86 @@ def test_forward_mode_ad_is_refused(name, argument):
     tangent = torch.ones_like(args[argument])
     with backend(name), pytest.raises(RuntimeError, match="forward-mode AD"):
         torch.func.jvp(run, (args[argument],), (tangent,))
+
+
+class TestFP8:
+    @pytest.mark.parametrize("name", ["reference", *kernel_backends()])
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+    @pytest.mark.parametrize("kind", LAYOUTS)
+    @pytest.mark.parametrize(
+        ("lengths", "dim"), list(zip(LENGTHS * 2, DIMS + DIMS[:2], strict=True))
+    )
+    def test_is_the_norm_quantised_before_it_is_rounded(self, name, dtype, kind, lengths, dim):
+        rows, frames = layout(kind, lengths)
+        args = inputs(rows, frames, dim, dtype)
+        *_, shift, scale = args
+        with backend(name), poisoned_memory():
+            x_out, y = gated_residual_norm_fp8(*args, rows)
+            first = modulated_layer_norm_fp8(x_out, shift, scale, rows)
+            expected, _ = gated_residual_norm(*args, rows)
+        assert torch.equal(x_out, expected)
+        assert_nothing_else(y.q.float(), rows)
+        exact = modulated_layer_norm(x_out.double(), shift.double(), scale.double(), rows)
+        for got in (y, first):
+            assert got.q.dtype == FP8
+            assert got.scale.isfinite().all()
+            largest = exact.abs().amax(1, keepdim=True).float()
+            torch.testing.assert_close(
+                got.scale, (largest / 448).clamp(min=2.0**-126), rtol=1e-4, atol=0
+            )
+            step = (exact.abs() / 16).maximum(got.scale.double() * 2**-10)
+            error = (got.q.double() * got.scale.double() - exact).abs()
+            assert (error <= step * (1 + 1e-3) + 1e-5 * exact.abs().amax(1, keepdim=True)).all()
+
+    @pytest.mark.parametrize("name", ["reference", *kernel_backends()])
+    def test_a_batch_equals_its_rows(self, name):
+        rows, frames = layout("packed", [17, 1, 40])
+        x, h, *modulations = inputs(rows, frames, 48)
+        with backend(name):
+            x_out, y = gated_residual_norm_fp8(x, h, *modulations, rows)
+            batch = zip(*(rows_of(t, rows) for t in (x_out, y.q.float(), y.scale)), strict=True)
+            pieces = zip(rows_of(x, rows), rows_of(h, rows), strict=True)
+            for i, (together, (x_i, h_i)) in enumerate(zip(batch, pieces, strict=True)):
+                own = [m[i : i + 1] for m in modulations]
+                x_alone, y_alone = gated_residual_norm_fp8(x_i, h_i, *own)
+                alone = (x_alone, y_alone.q.float(), y_alone.scale)
+                assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+    @pytest.mark.parametrize("name", ["reference", *kernel_backends()])
+    def test_empty(self, name):
+        rows, frames = layout("packed", [], spare=0)
+        with backend(name):
+            x_out, y = gated_residual_norm_fp8(*inputs(rows, frames, 16), rows)
+        assert (x_out.shape, y.q.shape, y.scale.shape) == ((0, 16), (0, 16), (0, 1))
+
+    @pytest.mark.parametrize("name", kernel_backends())
+    def test_opcheck(self, name):
+        rows, frames = layout("packed", [5, 3], spare=0)
+        x, h, gate, shift, scale = inputs(rows, frames, 16)
+        with backend(name):
+            torch.library.opcheck(_op_fp8, (x, h, gate, shift, scale, *rows, 1e-6))
+            nothing = (None, None, None, 0)
+            torch.library.opcheck(_op_fp8, (x, None, None, shift[:1], scale[:1], *nothing, 1e-6))
+
+    @pytest.mark.parametrize("name", ["reference", *kernel_backends()])
+    def test_compiles_without_graph_breaks_or_recompiles(self, name):
+        def run(x, h, gate, shift, scale, lengths):
+            rows = Rows.padded(lengths, len(x) // 2)
+            x, y = gated_residual_norm_fp8(x, h, gate, shift, scale, rows)
+            return torch.stack([x, y.float()])
+
+        def call(frames):
+            rows, total = layout("padded", [frames, frames - 2], spare=0)
+            x, h, *modulation = inputs(rows, total, 16)
+            return torch.nan_to_num(x), torch.nan_to_num(h), *modulation, rows.lengths.long()
+
+        with backend(name):
+            assert_compiles_once(run, *(call(frames) for frames in (7, 12, 33)))
+
+    @pytest.mark.parametrize("argument", ["x", "h", "gate", "shift", "scale"])
+    def test_gradients_are_refused(self, argument):
+        names = ("x", "h", "gate", "shift", "scale")
+        args = dict(zip(names, inputs(None, 3, 16), strict=True))
+        args[argument].requires_grad_()
+        with pytest.raises(ValueError, match=f"^{argument}: expected a tensor without gradient"):
+            gated_residual_norm_fp8(**args)
