@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from imf_kernels import Batch, IntMeanFlow, Teacher, backend, sampler
+from imf_kernels import Batch, IntMeanFlow, Teacher, backend, fp8, sampler
+from imf_kernels.models.config import FP8_LAYERS
+from imf_kernels.ops.fp8_linear import runs_on
 from tests.models.tools import VARIANTS, conditions, relative_rms, small_model
 
 pytestmark = pytest.mark.gpu
@@ -82,3 +84,36 @@ def test_a_training_step_matches_the_reference(on_cuda):
             objective(student, batch)[0].backward()
             gradients.append(student.transformer_blocks[0].attn_norm.linear.weight.grad)
     assert relative_rms(gradients[1], gradients[0]) <= 1e-4
+
+
+class TestFP8:
+    @pytest.fixture(autouse=True)
+    def _has_products(self):
+        if torch.cuda.get_device_capability() < (8, 9):
+            pytest.skip("needs compute capability 8.9")
+
+    def test_the_library_multiplies(self):
+        assert runs_on(torch.device("cuda", torch.cuda.current_device()))
+
+    def test_a_solve_never_waits_for_the_device(self, on_cuda, no_sync):
+        model, given = on_cuda
+        quantised = model.fp8()
+        z = torch.randn(2, 96, 12, device="cuda")
+        with torch.no_grad():
+            cond = quantised.prepare(**given, guided=True)
+        sampler.sample(quantised, z, cond, [0.0, 0.3, 1.0], guidance=2.0)
+
+    def test_error_is_that_of_the_reference(self, on_cuda):
+        model, given = on_cuda
+        z = torch.randn(2, 96, 12, device="cuda")
+        found = {}
+        for name in ("auto", "reference"):
+            with backend(name):
+                found[name] = fp8.accuracy(model, model.fp8(), z, given, "sway", nfe=3, bound=0.05)
+        assert found["auto"].relative_rms < 1.3 * found["reference"].relative_rms
+
+    def test_layers_are_chosen_by_measurement(self, on_cuda):
+        model, _ = on_cuda
+        timings = fp8.measure(model, [96, 1000])
+        assert len(timings) == 2 * len(FP8_LAYERS)
+        assert all(t.bfloat16 > 0 and t.fp8 > 0 for t in timings)

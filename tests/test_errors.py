@@ -10,7 +10,13 @@ from imf_kernels import Batch, IntMeanFlow, Teacher, checks, grids, guidance, o3
 from imf_kernels.distill import distill
 from imf_kernels.models import DiTConfig
 from imf_kernels.objectives import Intervals, RolloutCache
-from imf_kernels.ops import guided_euler_step, mean_velocity_loss
+from imf_kernels.ops import (
+    Quantized,
+    fp8_linear,
+    guided_euler_step,
+    mean_velocity_loss,
+    quantize_rows,
+)
 from imf_kernels.sampler import sample
 from tests.flows import FLOWS, GUIDED
 
@@ -59,6 +65,13 @@ def train(updates=2, **options):
 
 def times(*values):
     return torch.tensor(values)
+
+
+def product(x=(5, 32), weight=(16, 32), bias=None):
+    operands = [
+        Quantized(torch.empty(s).to(torch.float8_e4m3fn), torch.ones(s[0], 1)) for s in (x, weight)
+    ]
+    return fp8_linear(*operands, bias)
 
 
 TABLE = [
@@ -197,6 +210,19 @@ TABLE = [
     (lambda: loss(weights=torch.ones(3)), "weights", "shape (2,)", "(3,)"),
     (lambda: guided_euler_step(X, X, T[:1]), "dt", "shape (1, 2)", "(1, 1)"),
     (lambda: guided_euler_step(X, X, T, 2.0), "velocity", "4, 5, 3)", "2, 5, 3)"),
+    # -- FP8
+    (lambda: quantize_rows(X), "x", "shape (T, K)", "(2, 5, 3)"),
+    (lambda: quantize_rows(X[0].long()), "x", "torch.float32", "torch.int64"),
+    (lambda: product(weight=(16, 48)), "weight.q", "shape (N, 32)", "(16, 48)"),
+    (lambda: product(weight=(24, 32)), "weight.q", "multiples of 16", "(24, 32)"),
+    (lambda: product(bias=torch.ones(15)), "bias", "shape (16,)", "(15,)"),
+    (lambda: product(bias=torch.ones(16)), "bias", "torch.bfloat16", "torch.float32"),
+    (
+        lambda: fp8_linear(Quantized(X[0], X[0]), Quantized(X[0], X[0]), None),
+        "x.q",
+        "torch.float8_e4m3fn",
+        "torch.float32",
+    ),
     # -- batch
     (lambda: batch(x1=X[0]), "x1", "shape (B, N, C)", "(5, 3)"),
     (lambda: batch(x1=X.half()), "x1", "torch.float32 or torch.float64", "torch.float16"),
@@ -316,6 +342,7 @@ def test_the_same_arguments_without_the_mistake_pass():
     objective()
     search()
     train()
+    product(bias=torch.ones(16).bfloat16())
     with imf_kernels.backend("reference"):
         integrate()
 
