@@ -82,9 +82,9 @@ def count(evaluate: Callable[[], Any]) -> Count:
 
 
 def _attention_flops(qkv: Any, starts: Any, *_: Any, **__: Any) -> int:
-    """Of rows that fill their frames evenly."""
+    """Of rows that fill their frames evenly; there is a start more than rows."""
     frames, _, heads, width = qkv
-    return 4 * frames * (frames // max(starts[0], 1)) * heads * width
+    return 4 * frames * (frames // max(starts[0] - 1, 1)) * heads * width
 
 
 def _addmm_flops(bias: Any, a: Any, b: Any, **_: Any) -> int:

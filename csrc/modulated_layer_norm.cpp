@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> modulated_layer_norm_backward(
   const int64_t dim = x.size(1);
   const auto first = int32(starts);
   const auto length = int32(lengths);
-  const int64_t rows = first ? first->numel() : 1;
+  const int64_t rows = length ? length->numel() : 1;
   const int64_t parts = h ? 3 : 2;
   Tensor grad_x = first ? at::zeros(x.sizes(), x.options()) : at::empty(x.sizes(), x.options());
   Tensor grad_h = !h ? at::empty({0}, x.options())

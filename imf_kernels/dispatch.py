@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -87,14 +87,23 @@ def backend(name: str) -> Iterator[None]:
 
 
 def backends() -> dict[str, str | bool]:
-    """The forced choice, and which implementations this installation has."""
-    return {
+    """The forced choice, which implementations this installation has, and what runs "attention"."""
+    installed = {
         "forced": forced(),
         "triton": HAS_TRITON,
         "triton_interpreted": INTERPRETED,
         "cpp": HAS_EXTENSION,
         "cpp_cuda": HAS_CUDA_EXTENSION,
     }
+    return installed | {name: path() for name, path in _reports.items()}
+
+
+_reports: dict[str, Callable[[], str]] = {}
+
+
+def report(name: str, path: Callable[[], str]) -> None:
+    """Let `backends` say which path an op takes that has several on one device."""
+    _reports[name] = path
 
 
 def has_extension(cuda: bool) -> bool:

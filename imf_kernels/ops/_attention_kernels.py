@@ -34,6 +34,14 @@ def _zero_frames_of_no_row(
 
 
 @jit
+def _clear_kernel(
+    p_out, p_row_of, frames, HEADS: tl.constexpr, DH: tl.constexpr, BLOCK: tl.constexpr
+):
+    o_head = tl.program_id(1) * DH
+    _zero_frames_of_no_row(p_out, p_row_of, frames, HEADS * DH, o_head, DH, BLOCK)
+
+
+@jit
 def _forward_kernel(
     p_qkv,
     p_starts,
@@ -281,7 +289,7 @@ def forward(qkv: Tensor, rows: Rows, chunk: Tensor | None, scale: float) -> tupl
     out = qkv.new_empty((frames, heads, width))
     lse = qkv.new_empty((heads, frames), dtype=wide_dtype(qkv))
     blocks = _blocks(qkv, backward=False)
-    count = rows.starts.shape[0]
+    count = rows.lengths.shape[0]
     launch(
         _forward_kernel,
         (max(cdiv(rows.longest, blocks["BLOCK_M"]), 1), heads, count + 1),
@@ -305,6 +313,14 @@ def forward(qkv: Tensor, rows: Rows, chunk: Tensor | None, scale: float) -> tupl
     return out, lse
 
 
+def clear(out: Tensor, rows: Rows) -> None:
+    """Set the frames of no row, of `(T, H, head_dim)`, to 0."""
+    frames, heads, width = out.shape
+    sizes = {"HEADS": heads, "DH": width, "BLOCK": 64}
+    grid = (min(cdiv(frames, sizes["BLOCK"]), 64), heads)
+    launch(_clear_kernel, grid, out, rows.row_of, frames, **sizes)
+
+
 def backward(
     grad: Tensor,
     qkv: Tensor,
@@ -319,7 +335,7 @@ def backward(
     grad_qkv = qkv.new_empty(qkv.shape)
     delta = lse.new_empty(lse.shape)
     blocks = _blocks(qkv, backward=True)
-    count = rows.starts.shape[0]
+    count = rows.lengths.shape[0]
     shared = {
         "HEADS": heads,
         "DH": width,

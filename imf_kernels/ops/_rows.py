@@ -22,8 +22,8 @@ def check_rows(rows: Rows, x: Tensor) -> None:
     if not isinstance(rows, Rows):
         raise TypeError(f"rows: expected Rows, got {type(rows).__name__}")
     checks.shape("rows.row_of", rows.row_of, x.shape[0])
-    checks.shape("rows.starts", rows.starts, "R")
-    checks.shape("rows.lengths", rows.lengths, rows.starts.shape[0])
+    checks.shape("rows.lengths", rows.lengths, "R")
+    checks.shape("rows.starts", rows.starts, rows.lengths.shape[0] + 1)
     for name in ("starts", "lengths", "row_of"):
         checks.dtype(f"rows.{name}", getattr(rows, name), torch.int32)
         checks.same_device(f"rows.{name}", getattr(rows, name), x.device)
@@ -31,7 +31,7 @@ def check_rows(rows: Rows, x: Tensor) -> None:
 
 def check_modulation(name: str, modulation: Tensor, x: Tensor, rows: Rows | None) -> None:
     """`(R, D)`, or `(1, D)` for all rows, with unit stride along D; the row stride is free."""
-    count = 1 if rows is None else rows.starts.shape[0]
+    count = 1 if rows is None else rows.lengths.shape[0]
     expected = 1 if isinstance(modulation, Tensor) and modulation.shape[:1] == (1,) else count
     checks.shape(name, modulation, expected, x.shape[1])
     checks.floating(name, modulation)

@@ -5,6 +5,9 @@
 A frame sees its row's frames; with `chunk`, those of its own block of that many frames and of all
 blocks before it (block-causal streaming). Both follow from lengths: no mask exists anywhere. A
 row's result is bitwise that of the row alone, whatever its neighbours and its place.
+
+CUDA runs our Triton kernels, or another library's flash attention where that serves (`_flash`);
+the CPU our C++ kernel, or PyTorch's. `imf_kernels.backends()["attention"]` says which.
 (Online softmax and its backward: FlashAttention-2, arXiv 2307.08691.)
 """
 
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from imf_kernels import checks, dispatch, masks
 from imf_kernels.ops import _attention_kernels as kernels
+from imf_kernels.ops import _flash
 from imf_kernels.ops._dtypes import wide, wide_dtype
 from imf_kernels.ops._rows import check_rows, selected
 from imf_kernels.rows import Rows
@@ -26,11 +30,11 @@ from imf_kernels.rows import Rows
 
 def reference(qkv: Tensor, rows: Rows, chunk: Tensor | None, scale: float) -> Tensor:
     """Plain PyTorch, the specification: rows side by side, with a mask."""
-    if rows.starts.shape[0] == 0:
+    if rows.lengths.shape[0] == 0:
         return selected(qkv[:, 0], rows)
     longest, device = rows.longest, qkv.device
     place = torch.arange(longest, device=device)
-    frame = (rows.starts[:, None] + place).clamp(max=max(qkv.shape[0] - 1, 0))
+    frame = (rows.starts[:-1, None] + place).clamp(max=max(qkv.shape[0] - 1, 0))
     q, k, v = wide(selected(qkv, rows))[frame].movedim(1, 3).unbind(1)  # (R, H, N, head_dim)
     sees = masks.inside(rows.lengths, longest)[:, None, :]
     if chunk is not None:
@@ -45,8 +49,8 @@ def reference(qkv: Tensor, rows: Rows, chunk: Tensor | None, scale: float) -> Te
 
 def _pieces(starts: Tensor, lengths: Tensor, chunk: Tensor | None) -> Iterator[tuple[slice, slice]]:
     """Queries and the keys that all of them see, on the CPU: whole rows, or a row's blocks."""
-    blocks = [None] * len(starts) if chunk is None else chunk.tolist()
-    for start, length, block in zip(starts.tolist(), lengths.tolist(), blocks, strict=True):
+    blocks = [None] * len(lengths) if chunk is None else chunk.tolist()
+    for start, length, block in zip(starts[:-1].tolist(), lengths.tolist(), blocks, strict=True):
         for first in range(0, length, block or max(length, 1)):
             last = min(first + (block or length), length)
             yield slice(start + first, start + last), slice(start, start + last)
@@ -119,16 +123,19 @@ def _op(
     longest: int,
     chunk: Tensor | None,
     scale: float,
+    library: str,
 ) -> tuple[Tensor, Tensor]:
     """The result, and the logarithm of every softmax's sum (in the units of its path)."""
     qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
+    if library:
+        return _flash.forward(library, qkv, Rows(starts, lengths, row_of, longest), scale)
     if dispatch.runs_triton(qkv):
         return kernels.forward(qkv, Rows(starts, lengths, row_of, longest), chunk, scale)
     return _cpu_forward(qkv, starts, lengths, chunk, scale)
 
 
 @_op.register_fake
-def _(qkv, starts, lengths, row_of, longest, chunk, scale):
+def _(qkv, starts, lengths, row_of, longest, chunk, scale, library):
     frames, _, heads, width = qkv.shape
     sums = torch.promote_types(qkv.dtype, torch.float32)
     return qkv.new_empty((frames, heads, width)), qkv.new_empty((heads, frames), dtype=sums)
@@ -160,14 +167,17 @@ def _(grad, qkv, out, lse, starts, lengths, row_of, longest, chunk, scale):
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, starts, lengths, row_of, ctx.longest, chunk, ctx.scale = inputs
+    qkv, starts, lengths, row_of, ctx.longest, chunk, ctx.scale, ctx.library = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(qkv, *output, starts, lengths, row_of, chunk)
 
 
 def _backward(ctx, grad, _):
-    *tensors, chunk = ctx.saved_tensors
-    return _op_backward(grad, *tensors, ctx.longest, chunk, ctx.scale), *[None] * 6
+    qkv, out, lse, *rows, chunk = ctx.saved_tensors
+    if ctx.library:  # the backward is ours, whoever went forward
+        lse = lse * kernels.LOG2_E
+    back = _op_backward(grad, qkv, out, lse, *rows, ctx.longest, chunk, ctx.scale)
+    return back, *[None] * 7
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -196,15 +206,32 @@ def attention(
     checks.floating("qkv", qkv)
     check_rows(rows, qkv)
     if chunk is not None:
-        checks.shape("chunk", chunk, rows.starts.shape[0])
+        checks.shape("chunk", chunk, rows.lengths.shape[0])
         checks.dtype("chunk", chunk, torch.int64, torch.int32)
         checks.same_device("chunk", chunk, qkv.device)
     scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else float(scale)
     if not (_has_path(qkv) and dispatch.use_kernel(qkv, aten=True)):
         return reference(qkv, rows, chunk, scale)
-    return _op(qkv, *rows, chunk, scale)[0]
+    library = _flash.OURS
+    if chunk is None and qkv.is_cuda:
+        library = _flash.choose(qkv.device, qkv.dtype, int(qkv.shape[3]))
+    return _op(qkv, *rows, chunk, scale, library)[0]
 
 
 def _has_path(qkv: Tensor) -> bool:
     triton = qkv.is_cuda or dispatch.forced() == "triton"
     return kernels.can_use(qkv) if triton else True
+
+
+def _path() -> str:
+    """What runs full attention with heads of 64: in bfloat16 on CUDA, in float32 on the CPU."""
+    choice = dispatch.forced()
+    if choice in ("reference", "triton"):
+        return choice
+    if not torch.cuda.is_available():
+        return "cpp" if _cpp_runs() else "sdpa"
+    device = torch.device("cuda", torch.cuda.current_device())
+    return _flash.choose(device, torch.bfloat16, 64) or "triton"
+
+
+dispatch.report("attention", _path)

@@ -54,7 +54,7 @@ def _line(x: Tensor, weight: Tensor, rows: Rows, causal: bool) -> tuple[Tensor, 
     first = (before != 0) & (rows.row_of >= 0)
     frame = torch.arange(x.shape[0], device=x.device)
     at = frame + left * (1 + first.cumsum(0))
-    size = x.shape[0] + left * rows.starts.shape[0] + weight.shape[2]
+    size = x.shape[0] + left * rows.lengths.shape[0] + weight.shape[2]
     return x.new_zeros(size, x.shape[1]).index_copy(0, at, x), at
 
 

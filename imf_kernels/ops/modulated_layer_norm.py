@@ -274,7 +274,7 @@ def _launch_backward(
     eps: float,
 ) -> Gradients:
     frames, dim = x.shape
-    count, longest = (1, frames) if rows is None else (rows.starts.shape[0], rows.longest)
+    count, longest = (1, frames) if rows is None else (rows.lengths.shape[0], rows.longest)
     chunks = cdiv(longest, FRAMES_PER_PROGRAM)
     # no program comes to the frames of no row
     fill = torch.empty if rows is None else torch.zeros
@@ -344,7 +344,7 @@ def _row_sums(x: Tensor, rows: Rows | None) -> Tensor:
     """`(T, D)` to `(R, D)`, without the frames of no row."""
     if rows is None:
         return x.sum(0, keepdim=True)
-    sums = x.new_zeros(rows.starts.shape[0], x.shape[1])
+    sums = x.new_zeros(rows.lengths.shape[0], x.shape[1])
     return sums.index_add_(0, rows.row_of.clamp(min=0), selected(x, rows))
 
 
@@ -407,7 +407,7 @@ def _op_backward(
 
 @_op_backward.register_fake
 def _(grad_out, grad_y, x, h, gate, scale, starts, lengths, row_of, longest, eps):
-    count = 1 if starts is None else starts.shape[0]
+    count = 1 if lengths is None else lengths.shape[0]
     sums = x.new_empty((2 if h is None else 3, count, x.shape[1]), dtype=wide_dtype(x))
     grad_h = x.new_empty(0) if h is None else h.new_empty(h.shape)
     return x.new_empty(x.shape), grad_h, sums

@@ -316,7 +316,7 @@ def _op_backward(
         back = grad.clone(memory_format=torch.contiguous_format)
         torch.ops.imf_kernels.rope_qkv_cpu_(back, inverse, starts, row_of, heads)
     else:
-        rows = Rows(starts, starts, row_of, 0)  # only starts and row_of are read
+        rows = Rows(starts, starts[1:], row_of, 0)  # only starts and row_of are read
         back = reference(grad, inverse, rows, heads, None, None, eps)
     if q_weight is None or qkv is None or k_weight is None:
         return back, no_weights

@@ -30,7 +30,7 @@ def poisoned(x: Tensor, rows: Rows) -> Tensor:
 
 def rows_of(x: Tensor, rows: Rows) -> list[Tensor]:
     """The frames of each row."""
-    spans = zip(rows.starts.tolist(), rows.lengths.tolist(), strict=True)
+    spans = zip(rows.starts[:-1].tolist(), rows.lengths.tolist(), strict=True)
     return [x[start : start + length] for start, length in spans]
 
 

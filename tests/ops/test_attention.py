@@ -144,7 +144,7 @@ def test_opcheck(name):
     out, grad = torch.randn(2, frames, 2, 32, device=DEVICE)
     sums = torch.randn(2, frames, device=DEVICE)
     with backend(name):
-        torch.library.opcheck(_op, (qkv.requires_grad_(), *rows, None, 0.1))
+        torch.library.opcheck(_op, (qkv.requires_grad_(), *rows, None, 0.1, ""))
         torch.library.opcheck(_op_backward, (grad, qkv.detach(), out, sums, *rows, None, 0.1))
 
 

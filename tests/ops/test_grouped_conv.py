@@ -61,7 +61,7 @@ def plain(rows, causal):
         groups, taps = x.shape[1] // weight.shape[1], weight.shape[2]
         pad = (taps - 1, 0) if causal else (taps // 2, taps // 2)
         y = torch.zeros_like(x)
-        for start, length in zip(rows.starts.tolist(), rows.lengths.tolist(), strict=True):
+        for start, length in zip(rows.starts[:-1].tolist(), rows.lengths.tolist(), strict=True):
             if length:
                 own = slice(start, start + length)
                 z = F.conv1d(F.pad(x[own].T[None], pad), weight, bias, groups=groups)
@@ -145,14 +145,16 @@ def test_a_batch_equals_its_rows(name, causal, layout):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_rows_in_any_order(name):
-    """Starts need not ascend, nor rows fill what lies between them."""
-    starts, lengths = [30, 4, 14], [20, 10, 9]
+def test_rows_with_gaps(name):
+    """Rows need not fill what lies between them."""
+    starts, lengths = [4, 14, 30], [10, 9, 20]
     row_of = torch.full((55,), -1, dtype=torch.int32, device=DEVICE)
     for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         row_of[start : start + length] = i
-    pair = torch.tensor([starts, lengths], dtype=torch.int32, device=DEVICE)
-    rows = Rows(*pair, row_of, 20)
+    numbers = {"dtype": torch.int32, "device": DEVICE}
+    rows = Rows(
+        torch.tensor([*starts, 55], **numbers), torch.tensor(lengths, **numbers), row_of, 20
+    )
     args = inputs(rows, 32, 2, 3)
     grad = torch.randn_like(args[0])
     expected = with_gradients(plain(rows, False), args, grad)
@@ -313,8 +315,8 @@ def test_forward_mode_ad_is_refused(name, argument):
         ({"bias": torch.zeros(6, dtype=torch.int64)}, TypeError, "bias: expected"),
         ({"residual": torch.zeros(5, 7)}, ValueError, "residual: expected shape"),
         ({"row_of": torch.zeros(4, dtype=torch.int32)}, ValueError, "rows.row_of: expected shape"),
-        ({"starts": torch.zeros(2, dtype=torch.int64)}, TypeError, "rows.starts: expected"),
-        ({"lengths": torch.zeros(3, dtype=torch.int32)}, ValueError, "rows.lengths: expected"),
+        ({"starts": torch.zeros(3, dtype=torch.int64)}, TypeError, "rows.starts: expected"),
+        ({"lengths": torch.zeros(3, dtype=torch.int32)}, ValueError, "rows.starts: expected shape"),
     ],
 )
 def test_errors(changed, error, message):

@@ -35,7 +35,7 @@ DIMS = [3, 80, 192, 256]
 
 def inputs(rows: Rows | None, frames: int, dim: int, dtype=torch.float32, modulations=None):
     """x, h, and gate, shift and scale as strided views of one modulation."""
-    count = modulations or (1 if rows is None else len(rows.starts))
+    count = modulations or (1 if rows is None else len(rows.lengths))
     x, h = (2 * torch.randn(2, frames, dim, device=DEVICE) + 0.5).to(dtype)
     if rows is not None:
         x, h = poisoned(x, rows), poisoned(h, rows)
