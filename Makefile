@@ -14,7 +14,6 @@ ARGS ?=
 py := $(VENV)/bin/python
 installed := $(VENV)/.imf_kernels-installed
 log := $(VENV)/imf_kernels-install.log
-results = benchmarks/results/$(shell $(py) -c "import torch; print(torch.cuda.get_device_name().replace(' ', '_'))")
 
 .PHONY: help demo test test-build test-gpu bench-cpu bench-gpu bench-gpu-full count kernels lint clean
 
@@ -33,13 +32,11 @@ test-build: $(installed) ## The extension against a CUDA build of torch (needs n
 test-gpu: $(installed) ## Only the tests that need a CUDA device
 	$(py) -m pytest -m gpu $(ARGS)
 
-bench-gpu: $(installed) ## Whole-solver graphs on a CUDA device, into benchmarks/results/ (10 minutes)
-	$(py) -m benchmarks.solver_graphs --columns eager ours --out $(results)/solver_graphs.json $(ARGS)
-	$(py) -m benchmarks.solver_graphs --seconds 1 10 --prompt 3.3 --batch 1 --nfe 3 \
-		--out $(results)/solver_graphs_compiled.json $(ARGS)
+bench-gpu: $(installed) ## All benchmarks of a CUDA device, into benchmarks/results/ (10 minutes)
+	$(py) -m benchmarks.gpu $(ARGS)
 
 bench-gpu-full: $(installed) ## The same, every column for every shape (hours: it compiles each)
-	$(py) -m benchmarks.solver_graphs --out $(results)/solver_graphs_full.json $(ARGS)
+	$(py) -m benchmarks.gpu --full $(ARGS)
 
 # f5-tts without its dependencies, of which a solve needs these; torchaudio may fail to load
 bench-cpu: $(installed) ## F5-TTS's own sampler against ours on this CPU (10 minutes)

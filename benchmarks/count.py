@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -31,14 +30,14 @@ from torch.utils._pytree import tree_leaves
 os.environ["TRITON_INTERPRET"] = "1"  # the fused ops, without a device; none of them runs
 
 import imf_kernels
+from benchmarks import report
 from benchmarks.f5_sampler import client_classes
-from imf_kernels.files import replacing
+from benchmarks.workload import VOCABULARY
 from imf_kernels.models import DiT, DiTConfig, TextConfig
 from imf_kernels.models.linears import FusedLinears
 from imf_kernels.models.step_tables import StepTables
 
 FRAMES = 1250  # 10 s generated after a 3.3 s prompt, at 93.75 frames a second
-VOCABULARY = 2545
 
 
 class Count(NamedTuple):
@@ -161,10 +160,7 @@ def main() -> None:
         if args.names:
             for operation, times in row["names"].items():
                 print(f"    {times:>5} {operation}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(args.out) as temporary:
-            temporary.write_text(json.dumps(results, indent=1))
+    report.write(args.out, results)
 
 
 def _row(run: Callable[..., Count | None], guided: bool, args: Any) -> dict[str, Any] | None:

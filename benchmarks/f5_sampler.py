@@ -17,10 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.machinery
-import importlib.metadata
-import json
 import os
-import platform
 import shlex
 import sys
 import types
@@ -31,9 +28,9 @@ import torch
 from torch import Tensor
 
 import imf_kernels
+from benchmarks import report
 from benchmarks.timing import interleaved
 from imf_kernels import grids, guidance, sampler
-from imf_kernels.files import replacing
 from imf_kernels.models import DiT
 
 SIZES = {
@@ -130,31 +127,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         warm_ups=1,
     )
     rows.append(_row(f"default, {args.nfe} guided to 3", times, None))
-    packages = ("torch", "f5-tts", "torchdiffeq", "x-transformers")
     return {
-        "cpu": cpu_name(),
+        "cpu": report.cpu_name(),
         "threads": args.threads,
         "size": args.size,
         "seconds": args.seconds,
         "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
-        "versions": {
-            "python": platform.python_version(),
-            "imf_kernels": imf_kernels.__version__,
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
+        "versions": report.versions("torch", "f5-tts", "torchdiffeq", "x-transformers"),
+        "commit": report.commit(),
         "backends": imf_kernels.backends(),
         "command": shlex.join(["python", "-m", "benchmarks.f5_sampler", *sys.argv[1:]]),
         "rows": rows,
     }
-
-
-def cpu_name() -> str:
-    """The processor, and the widest vectors that PyTorch takes it for."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{names[0] if names else platform.processor()} ({capability})"
 
 
 def _row(kind: str, times: dict[str, Any], error: float | None) -> dict[str, Any]:
@@ -190,10 +174,7 @@ def main() -> None:
     print(f"{'':<26}{'F5-TTS':>13}{'ours':>13}")
     for row in results["rows"]:
         print(line(row))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(args.out) as temporary:
-            temporary.write_text(json.dumps(results, indent=1))
+    report.write(args.out, results)
 
 
 if __name__ == "__main__":

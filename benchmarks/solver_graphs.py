@@ -5,78 +5,39 @@
 Columns, all in one process, interleaved, on the same random weights and requests:
 
     eager           sampler.sample on the request's own shape
-    compile         the same on torch.compile(model), shapes fixed
+    compile         the same, the model in plain PyTorch under torch.compile, shapes fixed
     compile+graph   that, the whole solve captured by torch.cuda.graph at the request's exact shape,
                     inputs copied in and out: what serving projects write by hand, per shape
     ours            GraphSampler on its default buckets
 
-Every contender is compared with the float32 solve first; one that is more than twice as far from it
-as the eager solve is marked and gets no ratio. `floor` is the larger of FLOPs and bytes over what
-this device was measured to do in the same run, without `prepare`.
+Every contender is compared with plain PyTorch's float32 solve first; one that is more than twice as
+far from it as plain PyTorch's solve in the same dtype is marked and gets no ratio. `floor` is the
+larger of FLOPs and bytes over what this device was measured to do in the same run, without
+`prepare`.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
-import json
-import platform
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-import imf_kernels
+from benchmarks import report
+from benchmarks.plain import Compiled, PlainDiT, plain, plainly
 from benchmarks.timing import Ceilings, interleaved, milliseconds
+from benchmarks.workload import PROMPT_SECONDS, SIZES, build, error, floor, request, wrong
 from imf_kernels import grids
-from imf_kernels.files import replacing
 from imf_kernels.graphs import GraphSampler
-from imf_kernels.models import Conditioning, DiT, DiTConfig, TextConfig
+from imf_kernels.models import Conditioning, DiT
 from imf_kernels.sampler import sample
 
-SIZES = {
-    "f5_base": ("f5_v1", {"dim": 1024, "depth": 22, "heads": 16}, 93.75),
-    "cosyvoice3": ("cosyvoice3", {"dim": 1024, "depth": 22, "heads": 16}, 50.0),
-    "tiny": ("f5_v1", {"dim": 64, "depth": 2, "heads": 1}, 93.75),
-}
-PROMPT_SECONDS = 3.3
 Solve = Callable[[], Tensor]
-
-
-def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[DiT, float]:
-    """A student with random weights (an untrained one would answer 0), and its frames a second."""
-    variant, sizes, rate = SIZES[name]
-    text = TextConfig(vocab=2545) if variant.startswith("f5") else None
-    torch.manual_seed(0)
-    with device:
-        model = DiT(DiTConfig.for_variant(variant, text=text, mixer=True, **sizes))
-        for name, parameter in model.named_parameters():
-            if "linear" in name or "proj_out" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
-    return model.to(dtype).eval().requires_grad_(False), rate
-
-
-def request(model: DiT, rows: int, frames: int, prompt: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Noise, and the arguments of `prepare`."""
-    device, channels = model.proj_out.weight.device, model.config.channels
-    given = {
-        "prompt": torch.randn(rows, frames, channels, device=device),
-        "lengths": torch.full((rows,), frames, device=device),
-    }
-    given["prompt"][:, prompt:] = 0
-    if model.text_embed is not None:
-        given["text"] = torch.randint(2545, (rows, max(frames // 6, 1)), device=device)
-    else:
-        given["mu"] = torch.randn(rows, frames, channels, device=device)
-        given["spks"] = torch.randn(rows, channels, device=device)
-    return torch.randn(rows, frames, channels, device=device), given
 
 
 def recipe(
@@ -110,23 +71,18 @@ def recipe(
     return solve
 
 
-def floor(model: DiT, rows: int, frames: int, nfe: int, ceilings: Ceilings) -> float:
-    """Milliseconds of one solve at the device's limit: GEMMs, convolutions, attention, weights."""
-    config = model.config
-    dim, inner = config.dim, config.heads * config.head_dim
-    per_frame = config.depth * (8 * dim * inner + 4 * config.ff_mult * dim * dim)
-    per_frame += 2 * 2 * 31 * dim * dim // 16 + 4 * dim * config.channels
-    flops = rows * frames * (per_frame + config.depth * 4 * frames * inner)
-    weights = sum(
-        p.nbytes
-        for name, p in model.named_parameters()
-        if "norm" not in name and "text" not in name
-    )
-    return 1e3 * nfe * max(flops / ceilings.flops, weights / ceilings.bandwidth)
+class Models(NamedTuple):
+    """One model's weights in all the forms that a run needs."""
 
+    fused: DiT
+    plain: PlainDiT
+    compiled: Compiled
+    exact: PlainDiT
 
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
+    @classmethod
+    def of(cls, model: DiT) -> Models:
+        twin = plain(model, masked=False)
+        return cls(model, twin, Compiled(twin), plain(model, masked=False).float())
 
 
 class Shape(NamedTuple):
@@ -155,10 +111,10 @@ def contenders(
     noise: Tensor,
     given: dict[str, Tensor],
     columns: Sequence[str],
-    inside: bool,
+    where: str,
 ) -> dict[str, Solve]:
     """What is timed, for `prepare` inside or outside of it."""
-    nfe, prepared = ours.nfe, model.prepare(**given)
+    nfe, prepared, inside = ours.nfe, model.prepare(**given), where == "inside"
 
     def cond() -> Conditioning:
         return model.prepare(**given) if inside else prepared
@@ -179,29 +135,28 @@ def contenders(
 def one_shape(
     args: argparse.Namespace,
     shape: Shape,
-    model: DiT,
-    exact: DiT,
-    compiled: Any,
+    models: Models,
     ours: GraphSampler,
     ceilings: Ceilings,
 ) -> Iterator[dict[str, Any]]:
+    model, nfe = models.fused, shape.nfe
     noise, given = request(model, shape.batch, shape.frames, shape.prompt_frames)
-    truth = sample(exact, noise, exact.prepare(**given), nfe=shape.nfe)
+    truth = plainly(sample)(models.exact, noise, models.exact.prepare(**given), nfe=nfe)
+    plain_result = plainly(sample)(models.plain, noise, models.plain.prepare(**given), nfe=nfe)
+    allowed = error(plain_result, truth)
     for where in args.prepare:
-        runs = contenders(model, compiled, ours, noise, given, args.columns, where == "inside")
+        runs = contenders(model, models.compiled, ours, noise, given, args.columns, where)
         errors = {name: error(run(), truth) for name, run in runs.items()}
         times = interleaved(runs, noise.device, args.rounds)
-        row = {
+        yield {
             **shape._asdict(),
             "prepare": where,
-            "floor_ms": floor(model, shape.batch, shape.frames, shape.nfe, ceilings),
-            "errors": errors,
-            "wrong": [n for n, e in errors.items() if e > 2 * errors["eager"] + 1e-5],
+            "floor_ms": floor(model, [shape.frames] * shape.batch, nfe, ceilings),
+            "errors": {"plain": allowed, **errors},
+            "wrong": [name for name, e in errors.items() if wrong([e], [allowed])],
             "ms": {name: taken._asdict() for name, taken in times.items()},
             "rtf": times["ours"].median / 1e3 / (shape.batch * shape.seconds),
         }
-        print(line(row), flush=True)
-        yield row
 
 
 def new_grid(args: argparse.Namespace, ours: GraphSampler, rate: float) -> dict[str, float]:
@@ -220,45 +175,31 @@ def new_grid(args: argparse.Namespace, ours: GraphSampler, rate: float) -> dict[
     return {name: statistics.median(values[3:]) for name, values in ms.items()}
 
 
-def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int:
     ceilings = Ceilings.measure(device, dtype)
-    results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "dtype": str(dtype).removeprefix("torch."),
-        "versions": {
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-            "imf_kernels": imf_kernels.__version__,
-        },
-        "backends": imf_kernels.backends(),
-        "command": args.command,
-        "ceilings": ceilings._asdict(),
-        "solves": [],
-        "new_grid_ms": {},
-        "graphs": {},
-    }
-    for name in args.models:
+    more: dict[str, Any] = {"ceilings": ceilings._asdict(), "new_grid_ms": {}, "graphs": {}}
+    found = report.Report("solver_graphs", args, **more)
+    for name, nfe in itertools.product(args.models, args.nfe):
         model, rate = build(name, device, dtype)
-        exact = copy.deepcopy(model).float()
-        compiled = torch.compile(model, dynamic=False)
-        for nfe in args.nfe:
-            label = f"{name}, NFE {nfe}"
-            with GraphSampler(model, nfe) as ours:
-                for shape in shapes(args, name, nfe, rate):
-                    results["solves"] += one_shape(
-                        args, shape, model, exact, compiled, ours, ceilings
-                    )
-                if nfe > 1:  # one step has one grid
-                    results["new_grid_ms"][label] = new_grid(args, ours, rate)
-                stats = ours.stats()
-            results["graphs"][label] = {
+        models, label = Models.of(model), f"{name}, NFE {nfe}"
+        with found.attempt(label), GraphSampler(model, nfe) as ours:
+            for shape in shapes(args, name, nfe, rate):
+                with found.attempt(str(shape)):
+                    for row in one_shape(args, shape, models, ours, ceilings):
+                        found.add(row, line(row))
+                        if row["wrong"]:
+                            found.fail(f"{shape}", f"far from the float32 solve: {row['wrong']}")
+            if nfe > 1:  # one step has one grid
+                ms = more["new_grid_ms"][label] = new_grid(args, ours, rate)
+                print(f"{label}: {ms['same']:.3f} ms, with another grid {ms['other']:.3f} ms")
+            stats = ours.stats()
+            more["graphs"][label] = {
                 "captures": stats.captures,
                 "bytes_held": stats.bytes_held,
                 "fallbacks": dict(stats.fallbacks),
             }
-        torch._dynamo.reset()
-    return results
+        report.release()
+    return found.finish()
 
 
 COLUMNS = ("eager", "compile", "compile+graph", "ours")
@@ -284,10 +225,8 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+def parser() -> argparse.ArgumentParser:
+    parser = report.parser(__doc__, rounds=30)
     parser.add_argument("--models", nargs="+", default=["f5_base", "cosyvoice3"], choices=SIZES)
     parser.add_argument("--seconds", nargs="+", type=float, default=[1, 3, 10, 30])
     parser.add_argument("--prompt", nargs="+", type=float, default=[0, PROMPT_SECONDS])
@@ -295,25 +234,20 @@ def main() -> None:
     parser.add_argument("--nfe", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--prepare", nargs="+", default=["outside", "inside"])
     parser.add_argument("--columns", nargs="+", default=COLUMNS, choices=COLUMNS)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = parser().parse_args()
     device = torch.device(args.device)
     if device.type != "cuda":
         args.columns = [name for name in args.columns if name != "compile+graph"]
     args.columns = [name for name in COLUMNS if name in {*args.columns, "eager", "ours"}]
-    args.command = shlex.join(["python", "-m", "benchmarks.solver_graphs", *sys.argv[1:]])
     torch._dynamo.config.recompile_limit = 256
     print(f"{HEADER}\n(milliseconds, speed against eager, multiple of the floor)")
     with torch.no_grad():
-        results = measure(args, device, getattr(torch, args.dtype))
-    for label, ms in results["new_grid_ms"].items():
-        print(f"{label}: {ms['same']:.3f} ms with the same grid, {ms['other']:.3f} ms with another")
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(args.out) as temporary:
-            temporary.write_text(json.dumps(results, indent=1))
+        return measure(args, device, getattr(torch, args.dtype))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+Run = Callable[[], Any]
+
+SPAN = 2.0
+"""Milliseconds that a measurement on the device lasts at least."""
 
 
 class Times(NamedTuple):
@@ -18,11 +26,21 @@ class Times(NamedTuple):
     high: float
 
 
+def milliseconds(run: Run, device: torch.device) -> float:
+    """From the call until the device has its result: the latency that a caller sees."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
 def interleaved(
-    contenders: Mapping[str, Callable[[], Any]],
+    contenders: Mapping[str, Run],
     device: torch.device,
     rounds: int,
     warm_ups: int = 3,
+    clock: Callable[[Run, torch.device], float] = milliseconds,
 ) -> dict[str, Times]:
     """Time each contender once per round, in turn, so that drift of the machine meets all alike."""
     for run in contenders.values():
@@ -31,17 +49,79 @@ def interleaved(
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
-            taken[name].append(milliseconds(run, device))
+            taken[name].append(clock(run, device))
     return {name: _summary(values) for name, values in taken.items()}
 
 
-def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
-    """From the call until the device has its result: the latency that a caller sees."""
-    synchronize(device)
-    start = time.perf_counter()
+def on_device(contenders: Mapping[str, Run], device: torch.device, rounds: int) -> dict[str, Times]:
+    """What each contender takes of the device alone, in turn: for graphs and single kernels.
+
+    A contender is repeated without a pause for `SPAN` or longer. The CPU, which has no such thing
+    as launches, is timed by `interleaved`.
+    """
+    if device.type != "cuda":
+        return interleaved(contenders, device, rounds, warm_ups=1)
+    repeats, chains = {}, {}
+    for name, run in contenders.items():
+        run()
+        repeats[name] = math.ceil(SPAN / max(device_milliseconds(run, device), 1e-3))
+        chains[name] = functools.partial(_repeat, run, repeats[name])
+    times = interleaved(chains, device, rounds, warm_ups=1, clock=device_milliseconds)
+    return {name: Times(*(ms / repeats[name] for ms in times[name])) for name in times}
+
+
+def device_milliseconds(run: Run, device: torch.device) -> float:
+    """Between two events of the device, with nothing of use in its L2 cache.
+
+    Reads of a buffer larger than the cache come first: they evict, leave nothing to be written
+    back, and keep the device busy while `run` is launched.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(4):
+        _buffer(device).sum()
+    start.record()
     run()
-    synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+@functools.cache
+def _buffer(device: torch.device) -> Tensor:
+    return torch.zeros(max(2**26, l2_bytes(device)), device=device)  # float32: 4 caches or more
+
+
+def l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def _repeat(run: Run, times: int) -> None:
+    for _ in range(times):
+        run()
+
+
+def graphed(run: Run, device: torch.device, warm_ups: int = 3) -> Run:
+    """`run` captured in a CUDA graph after warm-ups; on the CPU `run` itself.
+
+    A replay returns the captured call's result, which it has overwritten.
+    """
+    if device.type != "cuda":
+        return run
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(warm_ups):
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def synchronize(device: torch.device) -> None:
@@ -68,7 +148,7 @@ class Ceilings(NamedTuple):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         source = torch.empty(2**28 if device.type == "cuda" else 2**22, device=device)
         target = torch.empty_like(source)
-        times = interleaved(
+        times = on_device(
             {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, rounds=10
         )
         return cls(

@@ -1,5 +1,6 @@
 """The benchmarks run and report what they say they do; no figure is asserted."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -8,30 +9,203 @@ import sys
 import pytest
 import torch
 
-from benchmarks import solver_graphs
+from benchmarks import (
+    evaluation,
+    gpu,
+    ops,
+    plain,
+    rollout,
+    solver_graphs,
+    timing,
+    training,
+    workload,
+)
 from benchmarks.timing import Ceilings, interleaved
+from imf_kernels import dispatch, sampler
+from imf_kernels.ops import modulated_layer_norm
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For models this small a second thread costs time, on a busy machine a lot of it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(module, arguments, out, monkeypatch, status=0):
+    """What the script writes, run with these arguments in this process."""
+    name = module.__name__.rpartition(".")[2]
+    monkeypatch.setattr(
+        "sys.argv", [name, *arguments.split(), "--device", "cpu", "--out", str(out)]
+    )
+    assert module.main() == status
+    results = json.loads(out.read_text())
+    assert results["command"].startswith(f"python -m benchmarks.{name} ")
+    assert {"device", "dtype", "versions", "commit", "backends", "failures"} <= results.keys()
+    return results
 
 
 def test_solver_graphs_on_the_cpu(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "new" / "solver_graphs.json"
     arguments = (
-        "--device cpu --dtype float32 --models tiny --seconds 0.3 --prompt 0 0.2 --batch 1 2 "
-        f"--nfe 1 2 --columns eager ours --rounds 2 --out {out}"
+        "--dtype float32 --models tiny --seconds 0.3 --prompt 0 0.2 --batch 1 2 "
+        "--nfe 1 2 --columns eager ours --rounds 2"
     )
-    monkeypatch.setattr("sys.argv", ["solver_graphs", *arguments.split()])
-    solver_graphs.main()
-    results = json.loads(out.read_text())
-    assert len(results["solves"]) == 2 * 2 * 2 * 2
-    for row in results["solves"]:
-        assert set(row["ms"]) == set(row["errors"]) == {"eager", "ours"}
+    results = run(solver_graphs, arguments, tmp_path / "new" / "solver_graphs.json", monkeypatch)
+    assert len(results["rows"]) == 2 * 2 * 2 * 2
+    for row in results["rows"]:
+        assert set(row["ms"]) == {"eager", "ours"}
+        assert set(row["errors"]) == {"plain", "eager", "ours"}
         assert row["wrong"] == []
         assert 0 < row["ms"]["ours"]["low"] <= row["ms"]["ours"]["median"]
         assert row["floor_ms"] > 0
         assert row["errors"]["eager"] <= 1e-5
-    assert {row["prepare"] for row in results["solves"]} == {"inside", "outside"}
+    assert {row["prepare"] for row in results["rows"]} == {"inside", "outside"}
     assert set(results["new_grid_ms"]) == {"tiny, NFE 2"}
-    assert results["command"].startswith("python -m benchmarks.solver_graphs --device cpu")
     assert "ours" in capsys.readouterr().out
+
+
+def test_ops_on_the_cpu(tmp_path, monkeypatch):
+    arguments = "--sizes tiny --columns reference ours --rounds 2"
+    rows = run(ops, arguments, tmp_path / "ops.json", monkeypatch)["rows"]
+    assert {row["op"] for row in rows} == set(ops.CASES)
+    assert {row["op"] for row in rows if row["pass"] == "backward"} == {
+        name for name, case in ops.CASES.items() if case.leaves
+    }
+    for row in rows:
+        assert row["bytes"] > 0
+        assert row["us"].keys() == {"reference", "ours"}
+        assert row["speedup"].keys() == {"reference"}
+
+
+def test_bytes_of_an_op():
+    """Forward of a residual norm: two tensors in, two out; backward: four in, two out."""
+    size = ops.Size(2, 512, torch.bfloat16, dim=256)
+    case = ops.CASES["gated_residual_norm"]
+    call = ops.Call(case, case.make(size), backward=True)
+    tensor = 2 * 512 * 256 * 2
+    forward = ops.nbytes((call.inputs, plain.plainly(case.run)(**call.inputs)))
+    assert forward == pytest.approx(4 * tensor, rel=0.01)
+    again = [call.inputs[name] for name in case.again]
+    backward = ops.nbytes([again, call.grads]) + ops.nbytes(call.leaves)
+    assert backward == pytest.approx(6 * tensor, rel=0.01)
+
+
+def test_a_wrong_op_gets_no_row_and_the_run_goes_on(tmp_path, monkeypatch):
+    cases = dict(ops.CASES)
+    off = dataclasses.replace(cases["modulated_layer_norm"], run=_off_in_the_kernel)
+    failing = dataclasses.replace(cases["attention"], run=_failing)
+    monkeypatch.setattr(
+        ops, "CASES", {"off": off, "failing": failing, "rope_qkv": cases["rope_qkv"]}
+    )
+    arguments = "--sizes tiny --columns reference ours --passes forward --rounds 2"
+    results = run(ops, arguments, tmp_path / "ops.json", monkeypatch, status=1)
+    assert [row["op"] for row in results["rows"]] == ["rope_qkv"]
+    off, failing = results["failures"]
+    assert off["what"] == "off, forward, tiny, ours"
+    assert failing["error"] == "ValueError: no such op"
+    assert "_failing" in failing["traceback"]
+
+
+def _off_in_the_kernel(**inputs):
+    y = modulated_layer_norm(**inputs)
+    return y if dispatch.forced() == "reference" else 1.02 * y
+
+
+def _failing(**inputs):
+    raise ValueError("no such op")
+
+
+def test_evaluation_on_the_cpu(tmp_path, monkeypatch):
+    arguments = (
+        "--dtype float32 --size tiny --seconds 0.3 --prompt 0.2 --batch 2 --columns eager ours "
+        "--rounds 2"
+    )
+    (row,) = run(evaluation, arguments, tmp_path / "evaluation.json", monkeypatch)["rows"]
+    assert row["ms"].keys() == {"eager", "ours"}
+    assert max(row["errors"].values()) <= 1e-5
+    parts = row["library"]["parts"]
+    assert row["library"]["ms"] == pytest.approx(sum(part["ms"] for part in parts.values()))
+    assert row["kernels"]["count"] > 50
+    assert sum(kernel["share"] for kernel in row["kernels"]["top"]) <= 1.001
+
+
+def test_products_and_attention_are_the_flops_of_an_evaluation():
+    """But for the position convolutions, 1.3 % of them."""
+    model, _ = workload.build("f5_base", torch.device("meta"), torch.bfloat16)
+    sizes = evaluation.products(model.config).values()
+    flops = sum(2 * 1250 * inputs * outputs * count for inputs, outputs, count in sizes)
+    flops += model.config.depth * 4 * 1250**2 * model.config.dim
+    floor = workload.floor(model, [1250], 1, Ceilings(1e12, 1e30)) * 1e9
+    assert flops == pytest.approx(floor, rel=0.02)
+    assert flops < floor
+
+
+TINY = "--dtype float32 --size tiny --seconds 0.2 0.5 --frames 120 --columns eager ours --rounds 1"
+
+
+def test_rollout_on_the_cpu(tmp_path, monkeypatch):
+    results = run(rollout, f"{TINY} --nfe 2", tmp_path / "rollout.json", monkeypatch)
+    (row,) = results["rows"]
+    assert row["frames"] == sum(row["lengths"]) == 120
+    assert row["padded_frames"] == row["rows"] * max(row["lengths"])
+    assert max(row["errors"]["ours"]) <= 1e-5
+
+
+def test_training_on_the_cpu(tmp_path, monkeypatch):
+    arguments = f"{TINY} --nfe 0 2"
+    rows = run(training, arguments, tmp_path / "training.json", monkeypatch)["rows"]
+    assert [(row["nfe"], row["checkpointing"]) for row in rows] == [
+        (0, False),
+        (2, False),
+        (0, True),
+        (2, True),
+    ]
+    for row in rows:
+        assert row["ms"].keys() == row["plain_steps"].keys() == {"eager", "ours"}
+        assert max(row["errors"].values()) <= 1e-4
+
+
+def test_the_plain_model_is_the_model():
+    """A ragged guided batch, and one graph under torch.compile, also from step tables."""
+    model, _ = workload.build("tiny", torch.device("cpu"), torch.float32)
+    noise, given = workload.request(model, 2, 40, 5, [40, 23])
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    twin = plain.plain(model)
+    step = torch.compile(twin.evaluate, fullgraph=True, dynamic=False, backend=count)
+    with torch.no_grad():
+        cond = model.prepare(**given, guided=True)
+        want = sampler.sample(model, noise, cond, nfe=2, guidance=2.0)
+        compiled = plain.Compiled(twin)
+        compiled.evaluate = step
+        for other in (twin, compiled):
+            got = plain.plainly(sampler.sample)(other, noise, cond, nfe=2, guidance=2.0)
+            assert workload.error(got, want) <= 1e-5
+    assert len(graphs) == 1
+
+
+def test_what_runs_on_a_gpu_is_understood():
+    for command in (*gpu.BRIEF.values(), *gpu.FULL.values()):
+        name, *options = command.split()
+        importlib.import_module(f"benchmarks.{name}").parser().parse_args(options)
+
+
+def test_what_fails_on_a_gpu_does_not_stop_the_rest(tmp_path, monkeypatch):
+    tiny = "ops --sizes tiny --columns reference --ops ragged_copy"
+    monkeypatch.setattr(gpu, "BRIEF", {"first": "ops --sizes unknown", "second": tiny})
+    arguments = ["gpu", "--out", str(tmp_path), "--device", "cpu", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--commit", "abc"])
+    assert gpu.main() == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["second.json"]
+    results = json.loads((tmp_path / "second.json").read_text())
+    assert results["commit"] == "abc"
+    assert len(results["rows"]) == 1
 
 
 def test_a_wrong_contender_gets_no_ratio():
@@ -54,10 +228,10 @@ def test_a_wrong_contender_gets_no_ratio():
 
 def test_floor_of_an_f5_base_evaluation():
     """0.61 TFLOP at 10 s generated after a 3.3 s prompt, 378 MB of weights in bf16."""
-    model, _ = solver_graphs.build("f5_base", torch.device("meta"), torch.bfloat16)
-    flops = solver_graphs.floor(model, 1, 1250, 1, Ceilings(1e12, 1e30))
+    model, _ = workload.build("f5_base", torch.device("meta"), torch.bfloat16)
+    flops = workload.floor(model, [1250], 1, Ceilings(1e12, 1e30))
     assert flops == pytest.approx(610, rel=0.03)
-    weights = solver_graphs.floor(model, 1, 1, 1, Ceilings(1e30, 1e9))
+    weights = workload.floor(model, [1], 1, Ceilings(1e30, 1e9))
     assert weights == pytest.approx(378, rel=0.03)
 
 
@@ -73,12 +247,27 @@ def test_contenders_take_turns():
     assert times["a"].low <= times["a"].median <= times["a"].high
 
 
+def test_times_on_a_device_are_of_one_call(monkeypatch):
+    """Calls are chained up to the span of a measurement."""
+    spent = []
+
+    def clock(run, device):
+        spent.clear()
+        run()
+        return sum(spent)
+
+    monkeypatch.setattr(timing, "device_milliseconds", clock)
+    contenders = {ms: lambda ms=ms: spent.append(ms) for ms in (0.5, 3.0)}
+    times = timing.on_device(contenders, torch.device("cuda"), rounds=3)
+    assert {name: taken.median for name, taken in times.items()} == {0.5: 0.5, 3.0: 3.0}
+
+
 def test_operations_of_an_evaluation(tmp_path):
     """At most 8 a block and 210 in all, at the depth of F5 base; the count is exact."""
     out = tmp_path / "count.json"
     command = [sys.executable, "-m", "benchmarks.count", "--dim", "64", "--out", str(out)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     rows = {k: v for k, v in json.loads(out.read_text()).items() if v is not None}
     ours = {name: row for name, row in rows.items() if "own" not in name}
     assert len(ours) == 6
@@ -94,8 +283,8 @@ def test_flops_of_an_evaluation():
         "from benchmarks.count import ours; "
         "print(ours('f5_v1', False, 1250, dim=1024, depth=22, heads=16).flops)"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(run.stdout) == pytest.approx(0.61e12, rel=0.03)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(0.61e12, rel=0.03)
 
 
 @pytest.mark.skipif(
@@ -108,9 +297,7 @@ def test_f5_sampler(tmp_path, monkeypatch):
     out = tmp_path / "f5_sampler.json"
     arguments = f"--size tiny --seconds 0.5 --nfe 5 --rounds 2 --out {out}"
     monkeypatch.setattr("sys.argv", ["f5_sampler", *arguments.split()])
-    threads = torch.get_num_threads()
     f5_sampler.main()
-    torch.set_num_threads(threads)
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 3
     assert all(row["max_abs_difference"] <= 1e-4 for row in rows[:2])

@@ -1,0 +1,248 @@
+"""One evaluation of the model in a CUDA graph, against the floor and the best library kernels.
+
+    python -m benchmarks.evaluation --out benchmarks/results/<device>/evaluation.json
+
+    eager, compile  plain PyTorch on the same weights, and that under torch.compile, in a graph too
+    ours            the fused model from step tables, as a student's solve evaluates it
+    floor           FLOPs or weights over what this device was measured to do in the same run
+    library         what the matrix products and the attention alone take at these shapes, of each
+                    the fastest that libraries (and, of attention, this one) have: every block's
+                    products on weights of its own, as a model's are cold
+
+Results farther from plain PyTorch's float32 than twice its own in the same dtype are failures.
+`kernels` of a row is what a profiler saw of one evaluation of ours without a graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import report
+from benchmarks.plain import PlainDiT, plain, plainly
+from benchmarks.timing import Ceilings, Run, graphed, on_device, synchronize
+from benchmarks.workload import PROMPT_SECONDS, build, error, floor, request, wrong
+from imf_kernels import ops
+from imf_kernels.models import DiT, DiTConfig
+from imf_kernels.rows import Rows
+
+COLUMNS = ("eager", "compile", "ours")
+
+
+def products(config: DiTConfig) -> dict[str, tuple[int, int, int]]:
+    """Inputs, outputs and count of every matrix product of an evaluation."""
+    dim, inner, depth = config.dim, config.heads * config.head_dim, config.depth
+    return {
+        "state": (config.channels, dim, 1),
+        "qkv": (dim, 3 * inner, depth),
+        "attention's output": (inner, dim, depth),
+        "feed-forward up": (dim, config.ff_mult * dim, depth),
+        "feed-forward down": (config.ff_mult * dim, dim, depth),
+        "velocity": (dim, config.channels, 1),
+    }
+
+
+def product_candidates(
+    frames: int, size: tuple[int, int, int], dtype: torch.dtype
+) -> dict[str, Run]:
+    """All products of this size that an evaluation has, one after the other."""
+    inputs, outputs, count = size
+    x, bias = torch.randn(frames, inputs, dtype=dtype), torch.randn(outputs, dtype=dtype)
+    weights = torch.randn(count, outputs, inputs, dtype=dtype)
+    return {
+        "matmul": lambda: [x @ weight.mT for weight in weights][-1],
+        "linear": lambda: [F.linear(x, weight, bias) for weight in weights][-1],
+    }
+
+
+def attention_candidates(model: DiT, rows: int, frames: int, cuda: bool) -> dict[str, Run]:
+    """The attention of every block, one after the other."""
+    config = model.config
+    qkv = torch.randn(rows * frames, 3, config.heads, config.head_dim, dtype=model.dtype)
+    layout = Rows.padded(torch.full((rows,), frames), frames)
+    heads = qkv.unflatten(0, (rows, frames)).transpose(1, 3).unbind(2)
+
+    def sdpa(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*heads)
+
+    once: dict[str, Callable[[], Tensor]] = {
+        "flash": functools.partial(sdpa, SDPBackend.FLASH_ATTENTION),
+        "ours": functools.partial(ops.attention, qkv, layout),
+    }
+    if cuda:
+        once["cudnn"] = functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION)
+    return {name: functools.partial(_repeat, run, config.depth) for name, run in once.items()}
+
+
+def _repeat(run: Callable[[], Tensor], times: int) -> Tensor:
+    return [run() for _ in range(times)][-1]
+
+
+def fastest(
+    found: report.Report, label: str, candidates: dict[str, Run], device: torch.device, rounds: int
+) -> dict[str, Any]:
+    graphs = {}
+    for name, run in candidates.items():
+        with found.attempt(f"{label}, {name}"):
+            graphs[name] = graphed(run, device)
+    ms = {name: times.median for name, times in on_device(graphs, device, rounds).items()}
+    best = min(ms, key=lambda name: ms[name])
+    return {"best": best, "ms": ms[best], "candidates": ms}
+
+
+def library(
+    found: report.Report,
+    label: str,
+    model: DiT,
+    rows: int,
+    frames: int,
+    device: torch.device,
+    rounds: int,
+) -> dict[str, Any]:
+    """Milliseconds that the best matrix products and attention take, each and in all."""
+    parts = {}
+    for name, size in products(model.config).items():
+        candidates = product_candidates(rows * frames, size, model.dtype)
+        parts[name] = fastest(found, f"{label}, {name}", candidates, device, rounds)
+    candidates = attention_candidates(model, rows, frames, device.type == "cuda")
+    parts["attention"] = fastest(found, f"{label}, attention", candidates, device, rounds)
+    return {"ms": sum(part["ms"] for part in parts.values()), "parts": parts}
+
+
+def kernels(run: Run, device: torch.device, most: int = 12) -> dict[str, Any]:
+    """What one call launches, by the profiler; on the CPU, which has no kernels, its operations."""
+    run()
+    synchronize(device)
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as trace:
+        run()
+        synchronize(device)
+    kind, total = DeviceType.CPU, "self_cpu_time_total"
+    if cuda:
+        kind, total = DeviceType.CUDA, "self_device_time_total"
+    entries = [e for e in trace.key_averages() if e.device_type == kind]
+    launched = [e for e in entries if not e.key.startswith(("Memcpy", "Memset"))]
+    if not launched:
+        raise RuntimeError("the profiler saw no kernel")
+    launched.sort(key=lambda entry: getattr(entry, total), reverse=True)
+    us = sum(getattr(entry, total) for entry in entries)
+    top = [
+        {"name": e.key, "count": e.count, "us": getattr(e, total), "share": getattr(e, total) / us}
+        for e in launched[:most]
+    ]
+    count = sum(e.count for e in launched)
+    return {"count": count, "copies": sum(e.count for e in entries) - count, "us": us, "top": top}
+
+
+def measure(
+    args: argparse.Namespace,
+    found: report.Report,
+    model: DiT,
+    twin: PlainDiT,
+    exact: PlainDiT,
+    batch: int,
+    seconds: float,
+    frames: int,
+    ceilings: Ceilings,
+) -> None:
+    device, label = torch.device(args.device), f"{seconds:g} s, batch {batch}"
+    x, given = request(model, batch, frames, frames // 4)
+    cond = model.prepare(**given)
+    times = torch.zeros(1, device=device), torch.ones(1, device=device)
+    modulation = model.tables(*times).at(0)
+    runs: dict[str, Run] = {
+        "eager": plainly(lambda: twin.evaluate(x, modulation, cond)),
+        "compile": plainly(
+            functools.partial(torch.compile(twin.evaluate, dynamic=False), x, modulation, cond)
+        ),
+        "ours": lambda: model.evaluate(x, modulation, cond),
+    }
+    truth = plainly(exact.evaluate)(x, exact.tables(*times).at(0), exact.prepare(**given))
+    allowed = error(runs["eager"](), truth)
+    errors, graphs = {}, {}
+    for name in args.columns:
+        with found.attempt(f"{label}, {name}"):
+            errors[name] = error(runs[name](), truth)
+            if wrong([errors[name]], [allowed]):
+                raise ArithmeticError(f"error {errors[name]}, that of plain PyTorch {allowed}")
+            graphs[name] = graphed(runs[name], device)
+    if "ours" not in graphs:
+        return
+    ms = {name: t._asdict() for name, t in on_device(graphs, device, args.rounds).items()}
+    del graphs
+    ours, limit = ms["ours"]["median"], floor(model, [frames] * batch, 1, ceilings)
+    row: dict[str, Any] = {
+        "seconds": seconds,
+        "batch": batch,
+        "frames": frames,
+        "floor_ms": limit,
+        "ms": ms,
+        "errors": {"plain": allowed, **errors},
+        "of_floor": ours / limit,
+    }
+    with found.attempt(f"{label}, library"), device:
+        best = library(found, label, model, batch, frames, device, args.rounds)
+        row |= {"library": best, "of_library": ours / best["ms"]}
+    with found.attempt(f"{label}, profiler"):
+        row["kernels"] = kernels(runs["ours"], device)
+    found.add(row, line(row))
+
+
+HEADER = f"seconds batch frames {'floor':>8}{'library':>9}" + "".join(f"{c:>10}" for c in COLUMNS)
+HEADER += "   of floor   of library   kernels"
+
+
+def line(row: dict[str, Any]) -> str:
+    best, seen = row.get("library"), row.get("kernels")
+    cells = [f"{row['ms'][c]['median']:.3f}" if c in row["ms"] else "-" for c in COLUMNS]
+    return (
+        f"{row['seconds']:7g} {row['batch']:5d} {row['frames']:6d} {row['floor_ms']:8.3f}"
+        f"{best['ms'] if best else float('nan'):9.3f}"
+        + "".join(f"{cell:>10}" for cell in cells)
+        + f"{row['of_floor']:10.2f}x{row.get('of_library', float('nan')):12.2f}x"
+        f"{seen['count'] if seen else 0:10d}"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    found = report.parser(__doc__, rounds=20)
+    found.add_argument("--size", default="f5_base", choices=("f5_base", "tiny"))
+    found.add_argument("--seconds", nargs="+", type=float, default=[1, 3, 10, 30])
+    found.add_argument("--prompt", type=float, default=PROMPT_SECONDS)
+    found.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    found.add_argument("--columns", nargs="+", default=COLUMNS, choices=COLUMNS)
+    return found
+
+
+def main() -> int:
+    args = parser().parse_args()
+    args.columns = [name for name in COLUMNS if name in {*args.columns, "ours"}]
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    ceilings = Ceilings.measure(device, dtype)
+    found = report.Report("evaluation", args, ceilings=ceilings._asdict())
+    print(f"{HEADER}\n(milliseconds; of ours: multiples and kernels)")
+    with torch.no_grad():
+        model, rate = build(args.size, device, dtype)
+        twin, exact = plain(model, masked=False), plain(model, masked=False).float()
+        for batch, seconds in itertools.product(args.batch, args.seconds):
+            frames = round(seconds * rate) + round(args.prompt * rate)
+            with found.attempt(f"{seconds:g} s, batch {batch}"):
+                measure(args, found, model, twin, exact, batch, seconds, frames, ceilings)
+            report.release()
+    return found.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,383 @@
+"""Every fused op against the device's copy, against plain PyTorch, and that under torch.compile.
+
+    python -m benchmarks.ops --out benchmarks/results/<device>/ops.json
+
+Columns:
+
+    reference       the op's own specification, eager
+    compile         the same under torch.compile (Inductor), shapes fixed
+    ours            the fused kernel
+
+A call is timed within a CUDA graph of many calls, each on inputs of its own: together they exceed
+the L2 cache several times, so that every call finds it cold. "backward" is forward and backward,
+all forwards before the first backward. Bytes are what the computation has to move: inputs that it
+needs once, results once. A contender whose results or gradients are more than twice as far from
+float64 as the reference's is a failure, and not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from benchmarks import report
+from benchmarks.plain import plainly
+from benchmarks.timing import Ceilings, Run, graphed, l2_bytes, on_device
+from benchmarks.workload import error, wrong
+from imf_kernels import ops
+from imf_kernels.rows import Rows
+
+COLUMNS = ("reference", "compile", "ours")
+PASSES = ("forward", "backward")
+KINDS = ("frames", "mels", "qkv")
+"""What most of an op's bytes are."""
+SIZES = {
+    "large": {"frames": (8, 4096), "mels": (128, 2688), "qkv": (8, 1408)},  # 64 MiB and more
+    "speech": dict.fromkeys(KINDS, (1, 1250)),  # 10 s generated after a 3.3 s prompt
+    "speech8": dict.fromkeys(KINDS, (8, 1250)),
+    "tiny": dict.fromkeys(KINDS, (2, 17)),
+}
+"""Rows and frames."""
+Inputs = dict[str, Any]
+
+
+class Size(NamedTuple):
+    rows: int
+    frames: int
+    dtype: torch.dtype
+    dim: int = 1024
+    heads: int = 16
+    channels: int = 100
+
+    def layout(self) -> Rows:
+        """All rows full: every frame is a byte count's frame."""
+        return Rows.padded(torch.full((self.rows,), self.frames), self.frames)
+
+    def hidden(self, *sizes: int) -> Tensor:
+        return torch.randn(self.rows * self.frames, *(sizes or (self.dim,)), dtype=self.dtype)
+
+    def mels(self, branches: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(branches * self.rows, self.frames, self.channels, dtype=dtype)
+
+    def modulation(self) -> tuple[Tensor, ...]:
+        """Six vectors a row, views of one tensor as a model has them."""
+        return torch.randn(self.rows, 6, self.dim, dtype=self.dtype).unbind(1)
+
+
+def euler_step(size: Size) -> Inputs:
+    return {
+        "x": size.mels(),
+        "velocity": size.mels(2, size.dtype),
+        "dt": torch.rand(size.rows),
+        "guidance": 3.0,
+        "lengths": torch.full((size.rows,), size.frames),
+        "displacement": size.mels(),
+        "model_dtype": size.dtype,
+    }
+
+
+def velocity_loss(size: Size) -> Inputs:
+    return {
+        "prediction": size.mels(dtype=size.dtype),
+        "displacement": size.mels(),
+        "t": torch.full((size.rows,), 0.25),
+        "r": torch.full((size.rows,), 0.75),
+        "mask": torch.ones(size.rows, size.frames, dtype=torch.bool),
+    }
+
+
+def norm(size: Size) -> Inputs:
+    shift, scale, *_ = size.modulation()
+    return {"x": size.hidden(), "shift": shift, "scale": scale, "rows": size.layout()}
+
+
+def residual_norm(size: Size) -> Inputs:
+    _, _, gate, shift, scale, _ = size.modulation()
+    modulation = {"gate": gate, "shift": shift, "scale": scale}
+    return {"x": size.hidden(), "h": size.hidden(), **modulation, "rows": size.layout()}
+
+
+def rope(size: Size) -> Inputs:
+    width = size.dim // size.heads
+    angles = torch.outer(torch.arange(size.frames), 1e4 ** -torch.linspace(0, 1, width // 2))
+    return {
+        "qkv": size.hidden(3, size.heads, width),
+        "rope": torch.cat([angles.cos(), angles.sin()], dim=-1),
+        "rows": size.layout(),
+    }
+
+
+def packed_qkv(size: Size) -> Inputs:
+    return {"qkv": size.hidden(3, size.heads, size.dim // size.heads), "rows": size.layout()}
+
+
+def requests(size: Size) -> Inputs:
+    """What a request copies into a bucket that is 6 % longer."""
+    bucket = size.frames + -(-size.frames // 16)
+    conditions = size.hidden().unflatten(0, (size.rows, size.frames))
+    return {
+        "copies": [
+            ops.Copy(source.new_empty(size.rows, bucket, source.shape[2]), source)
+            for source in (conditions, size.mels())
+        ]
+    }
+
+
+def copied(copies: list[ops.Copy]) -> list[Tensor]:
+    ops.ragged_copy(copies)
+    return [copy.destination for copy in copies]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op, timed as `run(**make(size))`.
+
+    `leaves` are the inputs that gradients pass to (none: forward only), `again` those that the
+    backward has to read once more. `moved` counts the forward's bytes where they are not inputs and
+    results once each, `flops` its FLOPs where they are what limits it.
+    """
+
+    run: Callable[..., Any]
+    make: Callable[[Size], Inputs]
+    kind: str = "frames"
+    leaves: tuple[str, ...] = ()
+    again: tuple[str, ...] = ()
+    moved: Callable[[Inputs], int] | None = None
+    flops: Callable[[Size], float] | None = None
+
+
+CASES = {
+    "guided_euler_step": Case(
+        ops.guided_euler_step, euler_step, "mels", leaves=("x", "velocity", "displacement")
+    ),
+    "mean_velocity_loss": Case(
+        ops.mean_velocity_loss,
+        velocity_loss,
+        "mels",
+        leaves=("prediction",),
+        again=("prediction", "displacement"),
+    ),
+    "modulated_layer_norm": Case(
+        ops.modulated_layer_norm, norm, leaves=("x", "shift", "scale"), again=("x",)
+    ),
+    "gated_residual_norm": Case(
+        ops.gated_residual_norm,
+        residual_norm,
+        leaves=("x", "h", "gate", "shift", "scale"),
+        again=("x", "h"),
+    ),
+    "rope_qkv": Case(ops.rope_qkv, rope, leaves=("qkv",)),
+    "rope_qkv in place": Case(
+        functools.partial(ops.rope_qkv, in_place=True),
+        rope,
+        moved=lambda inputs: inputs["qkv"].nbytes * 4 // 3 + inputs["rope"].nbytes,  # no v
+    ),
+    "attention": Case(
+        ops.attention,
+        packed_qkv,
+        "qkv",
+        leaves=("qkv",),
+        again=("qkv",),
+        flops=lambda size: 4 * size.rows * size.frames**2 * size.dim,
+    ),
+    "ragged_copy": Case(copied, requests),
+}
+
+
+def nbytes(tree: Any) -> int:
+    """Of all tensors in it, each once."""
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def differentiable(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn]
+
+
+class Call:
+    """Inputs of one call, with what a backward needs besides."""
+
+    def __init__(self, case: Case, inputs: Inputs, backward: bool) -> None:
+        self.inputs, self.leaves, self.grads = inputs, [], []
+        if backward:
+            self.leaves = [inputs[name].requires_grad_() for name in case.leaves]
+            outputs = differentiable(plainly(case.run)(**inputs))
+            self.grads = [torch.randn_like(output) for output in outputs]
+
+    def gradients(self, outputs: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(differentiable(outputs), self.leaves, self.grads)
+
+
+def batch(calls: list[Call], run: Callable[..., Any]) -> Run:
+    """All calls, one after the other; results are kept, so that each has memory of its own."""
+
+    def forward() -> Any:
+        with torch.set_grad_enabled(bool(calls[0].leaves)):
+            outputs = [run(**call.inputs) for call in calls]
+        if not calls[0].leaves:
+            return outputs
+        return [call.gradients(output) for call, output in zip(calls, outputs, strict=True)]
+
+    return forward
+
+
+def results(case: Case, run: Callable[..., Any], size: Size, backward: bool, exact: bool) -> list:
+    """Outputs and gradients on the same inputs every time, in float64 if `exact`."""
+    torch.manual_seed(0)
+    call = Call(case, case.make(size), backward)
+    if exact:
+        call.inputs = tree_map(_double, call.inputs)
+        call.leaves = [call.inputs[name].detach().requires_grad_() for name in case.leaves]
+        call.inputs |= dict(zip(case.leaves, call.leaves, strict=True))
+        call.grads = tree_map(_double, call.grads)
+    with torch.set_grad_enabled(backward):
+        outputs = run(**call.inputs)
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [*tensors, *call.gradients(outputs)] if backward else tensors
+
+
+def _double(leaf: Any) -> Any:
+    if isinstance(leaf, torch.dtype):
+        return torch.float64
+    floats = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return leaf.detach().double() if floats else leaf
+
+
+def differences(got: list[Tensor], want: list[Tensor]) -> list[float]:
+    return [error(*pair) for pair in zip(got, want, strict=True)]
+
+
+def contenders(case: Case, columns: list[str]) -> dict[str, Callable[..., Any]]:
+    made = {
+        "reference": lambda: plainly(case.run),
+        "compile": lambda: plainly(torch.compile(case.run, dynamic=False)),
+        "ours": lambda: case.run,
+    }
+    return {name: made[name]() for name in columns}
+
+
+def measure(
+    args: argparse.Namespace,
+    found: report.Report,
+    name: str,
+    size_name: str,
+    pass_name: str,
+    ceilings: Ceilings,
+) -> None:
+    case, backward, device = CASES[name], pass_name == "backward", torch.device(args.device)
+    small = {"dim": 64, "heads": 1} if size_name == "tiny" else {}
+    size = Size(*SIZES[size_name][case.kind], getattr(torch, args.dtype), **small)
+    label = f"{name}, {pass_name}, {size_name}"
+
+    with torch.random.fork_rng(), device:
+        check = functools.partial(results, case, size=size, backward=backward)
+        exact = check(plainly(case.run), exact=True)
+        plain = differences(check(plainly(case.run), exact=False), exact)
+        errors, runs = {}, {}
+        for column, run in contenders(case, args.columns).items():
+            with found.attempt(f"{label}, {column}"):
+                errors[column] = differences(check(run, exact=False), exact)
+                if wrong(errors[column], plain):
+                    raise ArithmeticError(f"errors {errors[column]}, the reference's {plain}")
+                runs[column] = run
+        del exact
+        if "ours" not in runs:
+            return
+        call = Call(case, case.make(size), backward)
+        outputs = plainly(case.run)(**call.inputs)
+        moved = case.moved(call.inputs) if case.moved else nbytes((call.inputs, outputs))
+        flops = case.flops(size) if case.flops else 0.0
+        if backward:
+            again = [call.inputs[leaf] for leaf in case.again]
+            moved += nbytes([again, call.grads]) + nbytes(call.leaves)
+            flops *= 3.5
+        del outputs
+        count = 1
+        if device.type == "cuda":
+            count = min(max(math.ceil(8 * l2_bytes(device) / moved), 2), 160)
+        calls = [call, *(Call(case, case.make(size), backward) for _ in range(count - 1))]
+
+        graphs = {}
+        for column, run in runs.items():
+            with found.attempt(f"{label}, {column}"):
+                graphs[column] = graphed(batch(calls, run), device)
+        if "ours" not in graphs:
+            return
+        times = on_device(graphs, device, args.rounds)
+
+    us = {c: {k: 1e3 * v / count for k, v in t._asdict().items()} for c, t in times.items()}
+    seconds = us["ours"]["median"] / 1e6
+    row = {
+        "op": name,
+        "pass": pass_name,
+        "size": size_name,
+        "rows": size.rows,
+        "frames": size.frames,
+        "calls": count,
+        "bytes": moved,
+        "flops": flops,
+        "us": us,
+        "errors": errors,
+        "of_copy": moved / seconds / ceilings.bandwidth,
+        "of_product": flops / seconds / ceilings.flops,
+        "speedup": {c: us[c]["median"] / us["ours"]["median"] for c in us if c != "ours"},
+    }
+    found.add(row, line(row))
+
+
+HEADER = f"{'op':<22}{'pass':<10}{'size':<9}{'MB':>8}" + "".join(f"{c:>20}" for c in COLUMNS)
+
+
+def line(row: dict[str, Any]) -> str:
+    cells = []
+    for column in COLUMNS:
+        taken = row["us"].get(column)
+        share = row["speedup"].get(column)
+        limit = row["of_product"] if row["flops"] else row["of_copy"]
+        note = f"{limit:.0%}" if share is None else f"{share:.2f}x"
+        cells.append(f"{taken['median']:.1f} us {note:>7}" if taken else "-")
+    return f"{row['op']:<22}{row['pass']:<10}{row['size']:<9}{row['bytes'] / 1e6:>8.1f}" + "".join(
+        f"{cell:>20}" for cell in cells
+    )
+
+
+def cases(args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    for name, size, pass_name in itertools.product(args.ops, args.sizes, args.passes):
+        if pass_name == "forward" or CASES[name].leaves:
+            yield name, size, pass_name
+
+
+def parser() -> argparse.ArgumentParser:
+    found = report.parser(__doc__, rounds=20)
+    found.add_argument("--ops", nargs="+", default=list(CASES), choices=CASES)
+    found.add_argument("--sizes", nargs="+", default=["large", "speech", "speech8"], choices=SIZES)
+    found.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
+    found.add_argument("--columns", nargs="+", default=COLUMNS, choices=COLUMNS)
+    return found
+
+
+def main() -> int:
+    args = parser().parse_args()
+    args.columns = [name for name in COLUMNS if name in {*args.columns, "ours"}]
+    ceilings = Ceilings.measure(torch.device(args.device), getattr(torch, args.dtype))
+    found = report.Report("ops", args, ceilings=ceilings._asdict())
+    print(f"{HEADER}\n(one call; by how much ours is faster; of the measured copy or product)")
+    for case in cases(args):
+        with found.attempt(", ".join(case)):
+            measure(args, found, *case, ceilings=ceilings)
+        report.release()
+    return found.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

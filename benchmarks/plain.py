@@ -1,0 +1,105 @@
+"""The DiT as plain PyTorch has it, with the same weights: what this library is measured against.
+
+Three projections, rotary positions in float32, scaled_dot_product_attention, LayerNorm and
+modulation in the model's dtype, all rows side by side in padding. `imf_kernels.backend` decides the
+rest (embeddings, convolutions, Euler step, loss), so contenders run `plainly`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import imf_kernels
+from imf_kernels import masks
+from imf_kernels.models import Conditioning, DiT
+from imf_kernels.models.dit import Block
+from imf_kernels.models.step_tables import Modulation
+from imf_kernels.rows import Rows
+
+
+class PlainDiT(DiT):
+    masked = True
+    """Whether rows have lengths of their own: without a mask attention has faster kernels."""
+
+    def _blocks(self, h: Tensor, modulation: Modulation, rows: Rows, cond: Conditioning) -> Tensor:
+        x = h.unflatten(0, (rows.starts.shape[0], rows.longest))
+        mask = None
+        if self.masked:
+            mask = masks.inside(rows.lengths, rows.longest)[:, None, None]
+        for block, own in zip(self.transformer_blocks, modulation.blocks, strict=True):
+            arguments = (block, x, own.to(x.dtype), cond["rope"], mask)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(_block, *arguments, use_reentrant=False)
+            else:
+                x = _block(*arguments)
+        scale, shift = modulation.final.to(x.dtype).unbind(1)
+        return _norm(x, shift, scale).flatten(0, 1)
+
+
+def plain(model: DiT, masked: bool = True) -> PlainDiT:
+    """A copy of the model, its blocks in plain PyTorch."""
+    twin: Any = copy.deepcopy(model)
+    twin.__class__ = PlainDiT
+    twin.masked = masked
+    return twin
+
+
+def plainly(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` without any kernel of this library."""
+
+    @functools.wraps(run)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        with imf_kernels.backend("reference"):
+            return run(*args, **kwargs)
+
+    return inner
+
+
+class Compiled:
+    """A model for `sampler.sample`, which evaluates it from its step tables, under torch.compile.
+
+    (`torch.compile(model)` compiles `forward` alone.)
+    """
+
+    def __init__(self, model: DiT) -> None:
+        self.dtype, self.tables = model.dtype, model.tables
+        self.evaluate = torch.compile(model.evaluate, dynamic=False)
+
+
+def _block(
+    block: Block, x: Tensor, modulation: Tensor, rope: Tensor, mask: Tensor | None
+) -> Tensor:
+    """`x` `(R, N, D)`, `modulation` `(R or 1, 6, D)`."""
+    shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.unbind(1)
+    attn: Any = block.attn
+    y = _norm(x, shift_a, scale_a)
+    q, k, v = (
+        layer(y).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
+    )
+    q, k = _rotated(q, rope, attn.rope_heads), _rotated(k, rope, attn.rope_heads)
+    heads = (part.transpose(1, 2) for part in (q, k, v))
+    h = F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
+    x = x + gate_a[:, None] * attn.to_out[0](h)
+    return x + gate_f[:, None] * block.ff.ff(_norm(x, shift_f, scale_f))
+
+
+def _norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+def _rotated(x: Tensor, rope: Tensor, heads: int | None) -> Tensor:
+    """`x` `(R, N, H, head_dim)`; interleaved pairs of the first heads."""
+    heads = x.shape[2] if heads is None else heads
+    cos, sin = rope[:, None].chunk(2, dim=-1)
+    even, odd = x[:, :, :heads].float().unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    turned = pairs.flatten(-2).to(x.dtype)
+    return turned if heads == x.shape[2] else torch.cat([turned, x[:, :, heads:]], dim=2)
