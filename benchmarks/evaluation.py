@@ -174,14 +174,15 @@ def measure(
     errors, graphs = {}, {}
     for name in args.columns:
         with found.attempt(f"{label}, {name}"):
-            errors[name] = error(runs[name](), truth)
+            replay = graphed(runs[name], device)
+            errors[name] = error(replay(), truth)
             if wrong([errors[name]], [allowed]):
                 raise ArithmeticError(f"error {errors[name]}, that of plain PyTorch {allowed}")
-            graphs[name] = graphed(runs[name], device)
+            graphs[name] = replay
     if "ours" not in graphs:
         return
     ms = {name: t._asdict() for name, t in on_device(graphs, device, args.rounds).items()}
-    del graphs
+    del graphs, replay
     ours, limit = ms["ours"]["median"], floor(model, [frames] * batch, 1, ceilings)
     row: dict[str, Any] = {
         "seconds": seconds,

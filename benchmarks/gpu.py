@@ -45,7 +45,7 @@ def main() -> int:
     if out is None:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         out = Path(__file__).parent / "results" / name.replace(" ", "_")
-    failed = []
+    out, failed = out.resolve(), []
     for name, command in (FULL if args.full else BRIEF).items():
         module, *options = command.split()
         print(f"\n{name}: {command}", flush=True)
@@ -53,6 +53,7 @@ def main() -> int:
         file = str(out / f"{name}.json")
         run = subprocess.run(
             [sys.executable, "-m", f"benchmarks.{module}", *options, "--out", file, *further],
+            cwd=Path(__file__).parents[1],
             check=False,
         )
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)

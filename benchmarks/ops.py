@@ -266,6 +266,41 @@ def contenders(case: Case, columns: list[str]) -> dict[str, Callable[..., Any]]:
     return {name: made[name]() for name in columns}
 
 
+def right(
+    found: report.Report,
+    label: str,
+    case: Case,
+    size: Size,
+    backward: bool,
+    columns: list[str],
+) -> tuple[dict[str, Callable[..., Any]], dict[str, list[float]]]:
+    """The contenders that compute the op, and how far each result of theirs is from float64's."""
+    check = functools.partial(results, case, size=size, backward=backward)
+    exact = check(plainly(case.run), exact=True)
+    allowed = differences(check(plainly(case.run), exact=False), exact)
+    runs, errors = {}, {}
+    for column, run in contenders(case, columns).items():
+        with found.attempt(f"{label}, {column}"):
+            errors[column] = differences(check(run, exact=False), exact)
+            if wrong(errors[column], allowed):
+                raise ArithmeticError(f"errors {errors[column]}, the reference's {allowed}")
+            runs[column] = run
+    return runs, errors
+
+
+def work(case: Case, call: Call, size: Size) -> tuple[int, float]:
+    """Bytes and FLOPs of a call."""
+    moved = case.moved(call.inputs) if case.moved else 0
+    if case.moved is None:
+        moved = nbytes((call.inputs, plainly(case.run)(**call.inputs)))
+    flops = case.flops(size) if case.flops else 0.0
+    if call.leaves:
+        again = [call.inputs[name] for name in case.again]
+        moved += nbytes((again, call.grads)) + nbytes(call.leaves)  # a gradient is like its leaf
+        flops *= 3.5  # of attention: five products to the forward's two
+    return moved, flops
+
+
 def measure(
     args: argparse.Namespace,
     found: report.Report,
@@ -278,44 +313,21 @@ def measure(
     small = {"dim": 64, "heads": 1} if size_name == "tiny" else {}
     size = Size(*SIZES[size_name][case.kind], getattr(torch, args.dtype), **small)
     label = f"{name}, {pass_name}, {size_name}"
-
-    with torch.random.fork_rng(), device:
-        check = functools.partial(results, case, size=size, backward=backward)
-        exact = check(plainly(case.run), exact=True)
-        plain = differences(check(plainly(case.run), exact=False), exact)
-        errors, runs = {}, {}
-        for column, run in contenders(case, args.columns).items():
-            with found.attempt(f"{label}, {column}"):
-                errors[column] = differences(check(run, exact=False), exact)
-                if wrong(errors[column], plain):
-                    raise ArithmeticError(f"errors {errors[column]}, the reference's {plain}")
-                runs[column] = run
-        del exact
-        if "ours" not in runs:
-            return
-        call = Call(case, case.make(size), backward)
-        outputs = plainly(case.run)(**call.inputs)
-        moved = case.moved(call.inputs) if case.moved else nbytes((call.inputs, outputs))
-        flops = case.flops(size) if case.flops else 0.0
-        if backward:
-            again = [call.inputs[leaf] for leaf in case.again]
-            moved += nbytes([again, call.grads]) + nbytes(call.leaves)
-            flops *= 3.5
-        del outputs
-        count = 1
+    with device:
+        runs, errors = right(found, label, case, size, backward, args.columns)
+        calls = [Call(case, case.make(size), backward)]
+        moved, flops = work(case, calls[0], size)
         if device.type == "cuda":
             count = min(max(math.ceil(8 * l2_bytes(device) / moved), 2), 160)
-        calls = [call, *(Call(case, case.make(size), backward) for _ in range(count - 1))]
-
+            calls += [Call(case, case.make(size), backward) for _ in range(count - 1)]
         graphs = {}
         for column, run in runs.items():
             with found.attempt(f"{label}, {column}"):
                 graphs[column] = graphed(batch(calls, run), device)
-        if "ours" not in graphs:
-            return
-        times = on_device(graphs, device, args.rounds)
-
-    us = {c: {k: 1e3 * v / count for k, v in t._asdict().items()} for c, t in times.items()}
+    if "ours" not in graphs:
+        return
+    times = on_device(graphs, device, args.rounds)
+    us = {c: {k: 1e3 * v / len(calls) for k, v in t._asdict().items()} for c, t in times.items()}
     seconds = us["ours"]["median"] / 1e6
     row = {
         "op": name,
@@ -323,7 +335,7 @@ def measure(
         "size": size_name,
         "rows": size.rows,
         "frames": size.frames,
-        "calls": count,
+        "calls": len(calls),
         "bytes": moved,
         "flops": flops,
         "us": us,
