@@ -19,7 +19,7 @@ import argparse
 import functools
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -61,8 +61,8 @@ def product_candidates(
     x, bias = torch.randn(frames, inputs, dtype=dtype), torch.randn(outputs, dtype=dtype)
     weights = torch.randn(count, outputs, inputs, dtype=dtype)
     return {
-        "matmul": lambda: [x @ weight.mT for weight in weights][-1],
-        "linear": lambda: [F.linear(x, weight, bias) for weight in weights][-1],
+        "matmul": lambda: _each(lambda weight: x @ weight.mT, weights),
+        "linear": lambda: _each(lambda weight: F.linear(x, weight, bias), weights),
     }
 
 
@@ -77,17 +77,21 @@ def attention_candidates(model: DiT, rows: int, frames: int, cuda: bool) -> dict
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(*heads)
 
-    once: dict[str, Callable[[], Tensor]] = {
-        "flash": functools.partial(sdpa, SDPBackend.FLASH_ATTENTION),
-        "ours": functools.partial(ops.attention, qkv, layout),
+    blocks = range(config.depth)
+    candidates: dict[str, Run] = {
+        "flash": lambda: _each(lambda _: sdpa(SDPBackend.FLASH_ATTENTION), blocks),
+        "ours": lambda: _each(lambda _: ops.attention(qkv, layout), blocks),
     }
     if cuda:
-        once["cudnn"] = functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION)
-    return {name: functools.partial(_repeat, run, config.depth) for name, run in once.items()}
+        candidates["cudnn"] = lambda: _each(lambda _: sdpa(SDPBackend.CUDNN_ATTENTION), blocks)
+    return candidates
 
 
-def _repeat(run: Callable[[], Tensor], times: int) -> Tensor:
-    return [run() for _ in range(times)][-1]
+def _each(run: Callable[[Any], Tensor], over: Iterable[Any]) -> Tensor:
+    """The last result; those before it give their memory back, as a model's do."""
+    for item in over:
+        result = run(item)
+    return result
 
 
 def fastest(
