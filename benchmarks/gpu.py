@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 BRIEF = {
-    "evaluation": "evaluation --columns eager ours",
+    "evaluation": "evaluation --columns eager ours fp8",
     "ops": "ops --sizes large speech",
     "solver_graphs": "solver_graphs --seconds 1 10 --nfe 3 --columns eager ours --rounds 20",
     "rollout": "rollout",

@@ -117,6 +117,18 @@ def rope(size: Size) -> Inputs:
     }
 
 
+def position_conv(size: Size) -> Inputs:
+    """Groups of 64 channels and 31 taps, the second of the two convolutions."""
+    weight = torch.randn(size.dim, 64, 31, dtype=size.dtype) / (64 * 31) ** 0.5
+    return {
+        "x": size.hidden(),
+        "weight": weight.mT.contiguous().mT,  # as a model lays it out
+        "bias": torch.zeros(size.dim, dtype=size.dtype),
+        "rows": size.layout(),
+        "residual": size.hidden(),
+    }
+
+
 def packed_qkv(size: Size) -> Inputs:
     return {"qkv": size.hidden(3, size.heads, size.dim // size.heads), "rows": size.layout()}
 
@@ -144,7 +156,8 @@ class Case:
 
     `leaves` are the inputs that gradients pass to (none: forward only), `again` those that the
     backward has to read once more. `moved` counts the forward's bytes where they are not inputs and
-    results once each, `flops` its FLOPs where they are what limits it.
+    results once each, `flops` its FLOPs where they are what limits it; forward and backward have
+    `backward_flops` as many.
     """
 
     run: Callable[..., Any]
@@ -154,6 +167,7 @@ class Case:
     again: tuple[str, ...] = ()
     moved: Callable[[Inputs], int] | None = None
     flops: Callable[[Size], float] | None = None
+    backward_flops: float = 0.0
 
 
 CASES = {
@@ -182,6 +196,14 @@ CASES = {
         rope,
         moved=lambda inputs: inputs["qkv"].nbytes * 4 // 3 + inputs["rope"].nbytes,  # no v
     ),
+    "grouped_conv_mish": Case(
+        ops.grouped_conv_mish,
+        position_conv,
+        leaves=("x", "weight", "bias", "residual"),
+        again=("x",),
+        flops=lambda size: 2 * size.rows * size.frames * size.dim * 64 * 31,
+        backward_flops=4.0,  # the sums again, and two products
+    ),
     "attention": Case(
         ops.attention,
         packed_qkv,
@@ -189,6 +211,7 @@ CASES = {
         leaves=("qkv",),
         again=("qkv",),
         flops=lambda size: 4 * size.rows * size.frames**2 * size.dim,
+        backward_flops=3.5,  # five products to the forward's two
     ),
     "ragged_copy": Case(copied, requests),
 }
@@ -297,7 +320,7 @@ def work(case: Case, call: Call, size: Size) -> tuple[int, float]:
     if call.leaves:
         again = [call.inputs[name] for name in case.again]
         moved += nbytes((again, call.grads)) + nbytes(call.leaves)  # a gradient is like its leaf
-        flops *= 3.5  # of attention: five products to the forward's two
+        flops *= case.backward_flops
     return moved, flops
 
 

@@ -30,7 +30,7 @@ class PlainDiT(DiT):
     """Whether rows have lengths of their own: without a mask attention has faster kernels."""
 
     def _blocks(self, h: Tensor, modulation: Modulation, rows: Rows, cond: Conditioning) -> Tensor:
-        x = h.unflatten(0, (rows.starts.shape[0], rows.longest))
+        x = h.unflatten(0, (rows.lengths.shape[0], rows.longest))
         mask = None
         if self.masked:
             mask = masks.inside(rows.lengths, rows.longest)[:, None, None]

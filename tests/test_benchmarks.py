@@ -115,12 +115,15 @@ def _failing(**inputs):
 
 def test_evaluation_on_the_cpu(tmp_path, monkeypatch):
     arguments = (
-        "--dtype float32 --size tiny --seconds 0.3 --prompt 0.2 --batch 2 --columns eager ours "
-        "--rounds 2"
+        "--dtype float32 --size tiny --seconds 0.3 --prompt 0.2 --batch 2 --packed 80 "
+        "--columns eager ours fp8 --rounds 2"
     )
-    (row,) = run(evaluation, arguments, tmp_path / "evaluation.json", monkeypatch)["rows"]
-    assert row["ms"].keys() == {"eager", "ours"}
-    assert max(row["errors"].values()) <= 1e-5
+    row, ragged = run(evaluation, arguments, tmp_path / "evaluation.json", monkeypatch)["rows"]
+    assert ragged["frames"] == sum(ragged["lengths"]) == 80
+    for each in (row, ragged):
+        assert each["ms"].keys() == {"eager", "ours", "fp8"}
+        assert max(each["errors"]["plain"], each["errors"]["ours"]) <= 1e-5
+        assert 1e-3 < each["errors"]["fp8"] <= 0.05
     parts = row["library"]["parts"]
     assert row["library"]["ms"] == pytest.approx(sum(part["ms"] for part in parts.values()))
     assert row["kernels"]["count"] > 50
@@ -142,11 +145,14 @@ TINY = "--dtype float32 --size tiny --seconds 0.2 0.5 --frames 120 --columns eag
 
 
 def test_rollout_on_the_cpu(tmp_path, monkeypatch):
-    results = run(rollout, f"{TINY} --nfe 2", tmp_path / "rollout.json", monkeypatch)
+    arguments = TINY.replace("eager ours", "eager ours packed fp8")
+    with pytest.warns(RuntimeWarning, match="no layer is in FP8"):
+        results = run(rollout, f"{arguments} --nfe 2", tmp_path / "rollout.json", monkeypatch)
     (row,) = results["rows"]
+    assert row["ms"].keys() == {"eager", "ours", "packed", "fp8"}
     assert row["frames"] == sum(row["lengths"]) == 120
     assert row["padded_frames"] == row["rows"] * max(row["lengths"])
-    assert max(row["errors"]["ours"]) <= 1e-5
+    assert max(*row["errors"]["ours"], *row["errors"]["packed"]) <= 1e-5
 
 
 def test_training_on_the_cpu(tmp_path, monkeypatch):
