@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -33,7 +34,7 @@ import imf_kernels
 from benchmarks import report
 from benchmarks.f5_sampler import client_classes
 from benchmarks.workload import VOCABULARY
-from imf_kernels.models import DiT, DiTConfig, TextConfig
+from imf_kernels.models import CausalUNet, CausalUNetConfig, DiT, DiTConfig, TextConfig
 from imf_kernels.models.linears import FusedLinears
 from imf_kernels.models.step_tables import StepTables
 
@@ -70,6 +71,7 @@ def count(evaluate: Callable[[], Any]) -> Count:
         display=False,
         custom_mapping={
             torch.ops.imf_kernels.attention: _attention_flops,
+            torch.ops.imf_kernels.causal_conv: _conv_flops,
             torch.ops.aten._addmm_activation: _addmm_flops,
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
         },
@@ -86,6 +88,10 @@ def _attention_flops(qkv: Any, starts: Any, *_: Any, **__: Any) -> int:
     return 4 * frames * (frames // max(starts[0] - 1, 1)) * heads * width
 
 
+def _conv_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * math.prod(weight)
+
+
 def _addmm_flops(bias: Any, a: Any, b: Any, **_: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
 
@@ -96,14 +102,13 @@ def _sdpa_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 
 def ours(variant: str, guided: bool, frames: int, **sizes: int) -> Count:
     """One evaluation of a student from step tables, or of a guided teacher."""
-    text = TextConfig(vocab=VOCABULARY) if variant.startswith("f5") else None
     patches = (
         # addresses, by which storage is known to be fused, do not exist here
         mock.patch.object(FusedLinears, "fuse", lambda self, layers: self.whole),
         mock.patch("imf_kernels.ops.linear._epilogue_is_tanh", return_value=True),
     )
     with torch.device("meta"), torch.no_grad(), imf_kernels.backend("triton"):
-        model = DiT(DiTConfig.for_variant(variant, text=text, mixer=True, **sizes))
+        model, tables = _unet(**sizes) if variant == "cosyvoice2" else _dit(variant, **sizes)
         model.fuse_weights()
         with patches[0], patches[1]:
             given = {
@@ -111,10 +116,22 @@ def ours(variant: str, guided: bool, frames: int, **sizes: int) -> Count:
                 for name, spec in model.inputs.items()
             }
             cond = model.prepare(**given, guided=guided)
-            depth, dim = model.config.depth, model.config.dim
-            tables = StepTables(torch.zeros(1, 1, depth, 6, dim), torch.zeros(1, 1, 2, dim))
             x = torch.zeros(1, frames, model.config.channels)
             return count(lambda: model.evaluate(x, tables.at(0), cond))
+
+
+def _dit(variant: str, **sizes: int) -> tuple[Any, StepTables]:
+    text = TextConfig(vocab=VOCABULARY) if variant.startswith("f5") else None
+    config = DiTConfig.for_variant(variant, text=text, mixer=True, **sizes)
+    tables = torch.zeros(1, 1, config.depth, 6, config.dim), torch.zeros(1, 1, 2, config.dim)
+    return DiT(config), StepTables(*tables)
+
+
+def _unet(depth: int) -> tuple[Any, StepTables]:
+    """The public size; `depth` transformer blocks after each ResNet block."""
+    config = CausalUNetConfig(depth=depth, mixer=True)
+    blocks = torch.zeros(1, 1, config.mid_blocks + 2, config.dim)
+    return CausalUNet(config), StepTables(blocks, blocks[:, :, :0])
 
 
 def clients(guided: bool, frames: int, **sizes: int) -> Count | None:
@@ -148,6 +165,8 @@ def main() -> None:
         for variant in ("f5_v0", "f5_v1", "cosyvoice3"):
             results[f"{variant}, {kind}"] = _row(functools.partial(ours, variant), guided, args)
         results[f"F5-TTS's own, {kind}"] = _row(clients, guided, args)
+        run = functools.partial(ours, "cosyvoice2")
+        results[f"cosyvoice2, {kind}"] = _difference(run, guided, args.frames, 4, _UNET_STACKS)
     print(f"{'':<26}{'operations':>11}{'a block':>9}{'GFLOP':>8}{'MB':>8}")
     for name, row in results.items():
         if row is None:
@@ -163,15 +182,24 @@ def main() -> None:
     report.write(args.out, results)
 
 
+_UNET_STACKS = 14
+"""Stacks of transformer blocks in CosyVoice2's estimator: one block more in `depth` is 14."""
+
+
 def _row(run: Callable[..., Count | None], guided: bool, args: Any) -> dict[str, Any] | None:
     sizes = {"dim": args.dim, "heads": args.dim // 64}
-    whole = run(guided, args.frames, depth=args.depth, **sizes)
-    less = run(guided, args.frames, depth=args.depth - 1, **sizes)
+    return _difference(functools.partial(run, **sizes), guided, args.frames, args.depth)
+
+
+def _difference(
+    run: Callable[..., Count | None], guided: bool, frames: int, depth: int, stacks: int = 1
+) -> dict[str, Any] | None:
+    whole, less = (run(guided, frames, depth=d) for d in (depth, depth - 1))
     if whole is None or less is None:
         return None
     return {
         "operations": whole.operations,
-        "a block": whole.operations - less.operations,
+        "a block": (whole.operations - less.operations) // stacks,
         "flops": whole.flops,
         "bytes": whole.nbytes,
         "names": dict(whole.by_name.most_common()),

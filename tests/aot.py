@@ -25,6 +25,8 @@ from triton.runtime import driver
 
 from imf_kernels.ops import _attention_kernels as attention
 from imf_kernels.ops import _triton
+from imf_kernels.ops.causal_conv import _launch_forward as conv
+from imf_kernels.ops.causal_conv import _launch_norm_backward as conv_norm_backward
 from imf_kernels.ops.grouped_conv import _launch_backward as conv_backward
 from imf_kernels.ops.grouped_conv import _launch_forward as conv_forward
 from imf_kernels.ops.guided_euler_step import _launch as step
@@ -94,6 +96,10 @@ def forms() -> Iterator[tuple[str, Callable[..., object], tuple[Any, ...]]]:
         # a step table's row for all rows: float32, without a row stride
         gate, shift, scale = torch.empty(1, 6, dim).unbind(1)[:3]
         yield f"{label} table", norm_forward, (x, x, gate, shift, scale, rows.row_of, 1e-6)
+        if dim == 256:  # a plain transformer's block
+            plain = (x, x, None, shift[:1], scale[:1])
+            yield f"{label} affine", norm_forward, (*plain, None, 1e-5, True)
+            yield f"{label} affine", norm_backward, (x, x, x, x, None, scale[:1], None, 1e-5, True)
     for dim, dtype in itertools.product((256, 768, 1024), dtypes):
         label = f"D={dim} conv {dtype}"
         x = torch.empty(frames, dim, dtype=dtype)
@@ -102,6 +108,22 @@ def forms() -> Iterator[tuple[str, Callable[..., object], tuple[Any, ...]]]:
             name = f"{label} causal" if causal else label
             yield name, conv_forward, (x, weight, bias, *rows[:3], causal, residual)
         yield label, conv_backward, (x, x, weight, bias, *rows[:3], False)
+    for channels, dtype in itertools.product((80, 256, 512), dtypes):
+        label = f"{channels} to 256 {dtype}"
+        x, h = (torch.empty(frames, width, dtype=dtype) for width in (channels, 256))
+        weight = torch.empty(256, 320 if channels == 80 else channels, 3, dtype=dtype)[:, :channels]
+        norm = torch.empty(2, 256, dtype=dtype).unbind()
+        bias, shift = norm[0], torch.empty(1, 256)
+        where = (rows.starts, rows.row_of, 1e-5)
+        yield f"{label} alone", conv, (x, weight, bias, None, None, None, None, *where, False)
+        for keep in (False, True):  # with a state's share, a first and a second block
+            name = f"{label} kept" if keep else label
+            given = bias, None, norm, shift, None
+            if channels == 80:
+                yield f"{name} share", conv, (x, weight, None, h, *given[2:], *where, keep)
+            yield f"{name} first", conv, (x, weight, *given, *where, keep)
+            yield f"{name} second", conv, (x, weight, *given[:3], None, h, *where, keep)
+        yield label, conv_norm_backward, (h, h, *norm, rows, 1e-5)
     for (heads, width), dtype in itertools.product(((16, 64), (8, 32), (8, 128)), dtypes[:2]):
         label = f"H={heads}x{width} {dtype}"
         qkv = torch.empty(frames, 3, heads, width, dtype=dtype)

@@ -1,48 +1,47 @@
 """What CosyVoice2's U-Net is made of: causal convolution blocks and transformer blocks.
 
-Every convolution looks back only and attention stays within a row, so nothing of the frames beyond
-a row's length reaches a valid one: no mask is applied between the blocks.
+Frames `(T, C)` of rows: convolutions look back within a row, attention stays within it, all else is
+of each frame alone. So nothing of the frames of no row reaches another: no mask is applied between
+the blocks.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from imf_kernels.models import linears
 from imf_kernels.models.config import CausalUNetConfig
 from imf_kernels.models.linears import FusedLinears
-from imf_kernels.ops import attention, linear
+from imf_kernels.ops import (
+    attention,
+    causal_conv,
+    causal_conv_norm,
+    linear,
+    residual_layer_norm,
+)
 from imf_kernels.rows import Rows
 
 
 class CausalConv(nn.Conv1d):
-    """A convolution of each frame and the `taps - 1` before it, as one product over both."""
+    """A convolution of each frame and the `taps - 1` before it in its row."""
 
     def __init__(self, channels_in: int, channels_out: int, taps: int) -> None:
         super().__init__(channels_in, channels_out, taps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(R, N, channels_in)` to `(R, N, channels_out)`."""
-        return self.over(x, slice(None), self.bias)
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:  # type: ignore[override]
+        """`(T, channels_in)` to `(T, channels_out)`."""
+        return self.over(x, slice(None), self.bias, rows)
 
-    def over(self, x: Tensor, columns: slice, bias: Tensor | None) -> Tensor:
+    def over(self, x: Tensor, columns: slice, bias: Tensor | None, rows: Rows) -> Tensor:
         """The share of some input channels, of which `x` holds the values, and a bias."""
-        weight = self.weight[:, columns].flatten(1)
-        y = linear(_windows(x, self.kernel_size[0]), weight, bias)
-        return y.view(*x.shape[:2], -1)
-
-
-def _windows(x: Tensor, taps: int) -> Tensor:
-    """Each frame with those before it, zeros before the first: `(R * N, C * taps)`.
-
-    Channels come before taps, as in a convolution's weight, which is thus used as it lies.
-    """
-    if taps > 1:
-        x = F.pad(x, (0, 0, taps - 1, 0)).unfold(1, taps, 1).flatten(2)
-    return x.flatten(0, 1)
+        weight = self.weight[:, columns]
+        if weight.shape[2] == 1:
+            return linear(x, weight[:, :, 0], bias)
+        return causal_conv(x, weight, bias, rows)
 
 
 class ConvBlock(nn.Module):
@@ -60,11 +59,33 @@ class ConvBlock(nn.Module):
     def conv(self) -> Any:
         return self.block[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after_conv(self.conv(x))
+    def forward(
+        self,
+        x: Tensor,
+        rows: Rows,
+        *,
+        conditions: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """`(T, channels_in)` to `(T, channels_out)`, plus what is given.
 
-    def after_conv(self, h: Tensor) -> Tensor:
-        return F.mish(self.block[2](h))
+        `conditions` are the share of the last input channels, and of the bias, where `x` holds the
+        first ones only.
+        """
+        norm: Any = self.block[2]
+        return causal_conv_norm(
+            x,
+            self.conv.weight[:, : x.shape[1]],
+            self.conv.bias if conditions is None else None,
+            norm.weight,
+            norm.bias,
+            rows,
+            addend=conditions,
+            shift=shift,
+            residual=residual,
+            eps=norm.eps,
+        )
 
 
 class ResnetBlock(nn.Module):
@@ -80,14 +101,26 @@ class ResnetBlock(nn.Module):
         self.block2 = ConvBlock(config.dim, config.dim)
         self.res_conv = CausalConv(channels_in, config.dim, 1)
 
-    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        """`(R, N, channels_in)` and `(R, dim)`, or `(1, dim)` for all rows, to `(R, N, dim)`."""
-        return self.after_conv(self.block1.conv(x), self.res_conv(x), shift)
+    def forward(
+        self, x: Tensor, shift: Tensor, rows: Rows, conditions: Tensor | None = None
+    ) -> Tensor:
+        """`(T, channels_in)` and `(R, dim)`, or `(1, dim)` for all rows, to `(T, dim)`.
 
-    def after_conv(self, h: Tensor, residual: Tensor, shift: Tensor) -> Tensor:
-        """The rest, from the results of the two convolutions that read the block's input."""
-        h = self.block1.after_conv(h)
-        return self.block2(h + shift[:, None].to(h.dtype)) + residual
+        `conditions` `(T, 2 dim)` are the share of the last input channels in the two convolutions
+        that read the block's input, where `x` holds the first ones only.
+        """
+        if conditions is None:
+            h, residual = self.block1(x, rows, shift=shift), self.res_conv(x, rows)
+        else:
+            of_h, of_residual = conditions.chunk(2, dim=1)
+            h = self.block1(x, rows, conditions=of_h, shift=shift)
+            residual = of_residual + self.res_conv.over(x, slice(x.shape[1]), None, rows)
+        return self.block2(h, rows, residual=residual)
+
+    def conditions(self, x: Tensor, rows: Rows) -> Tensor:
+        """`conditions` of the forward pass, from the values of the last input channels."""
+        convs = self.block1.conv, self.res_conv
+        return torch.cat([c.over(x, slice(-x.shape[1], None), c.bias, rows) for c in convs], dim=1)
 
 
 class Attention(nn.Module):
@@ -154,10 +187,20 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(config.dim)
         self.ff = FeedForward(config)
 
-    def forward(self, x: Tensor, rows: Rows, chunk: Tensor | None) -> Tensor:
-        """`(T, dim)` to `(T, dim)`."""
-        x = x + self.attn1(self.norm1(x), rows, chunk)
-        return x + self.ff(self.norm3(x))
+    def forward(
+        self, x: Tensor, y: Tensor, following: Any, rows: Rows, chunk: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """From the residual stream `x` `(T, dim)` and its norm `y` to the same after this block.
+
+        `following` is the norm of the block after this one; None: the norm is not read.
+        """
+        x, y = _residual_norm(x, self.attn1(y, rows, chunk), self.norm3)
+        h = self.ff(y)
+        return (x + h, y) if following is None else _residual_norm(x, h, following)
+
+
+def _residual_norm(x: Tensor, h: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    return residual_layer_norm(x, h, norm.weight, norm.bias, norm.eps)
 
 
 class Stage(nn.ModuleList):
@@ -180,13 +223,19 @@ class Stage(nn.ModuleList):
     def conv(self) -> Any:
         return self[2]
 
-    def forward(self, x: Tensor, shift: Tensor, rows: Rows, chunk: Tensor | None) -> Tensor:
-        """`(R, N, channels_in)` to `(R, N, dim)`, without the outer convolution."""
-        return self.after_resnet(self.resnet(x, shift), rows, chunk)
-
-    def after_resnet(self, x: Tensor, rows: Rows, chunk: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        shift: Tensor,
+        rows: Rows,
+        chunk: Tensor | None,
+        conditions: Tensor | None = None,
+    ) -> Tensor:
+        """`(T, channels_in)` to `(T, dim)`, without the outer convolution."""
+        x = self.resnet(x, shift, rows, conditions)
         blocks: Any = self[1]
-        h = x.flatten(0, 1)
-        for block in blocks:
-            h = block(h, rows, chunk)
-        return h.view_as(x)
+        norms = [*(block.norm1 for block in blocks), None]
+        y = norms[0](x)
+        for block, following in zip(blocks, norms[1:], strict=True):
+            x, y = block(x, y, following, rows, chunk)
+        return x

@@ -168,11 +168,11 @@ class CausalUNet(nn.Module):
         outside = ~masks.inside(lengths, frames)[:, :, None]
         given = (mu, spks[:, None].expand_as(mu), prompt)  # in the order of the weights' columns
         joined = torch.cat([part.to(self.dtype).masked_fill(outside, 0.0) for part in given], -1)
-        resnet, columns = self._down.resnet, slice(channels, None)
-        convs = resnet.block1.conv, resnet.res_conv
-        branches = [torch.cat([conv.over(joined, columns, conv.bias) for conv in convs], dim=-1)]
+        resnet = self._down.resnet
+        conditions = resnet.conditions(joined.flatten(0, 1), Rows.padded(lengths, frames))
+        branches = [conditions.view(rows, frames, -1)]
         if guided:
-            biases = torch.cat([conv.bias for conv in convs])
+            biases = torch.cat([conv.bias for conv in (resnet.block1.conv, resnet.res_conv)])
             branches.append(biases.to(branches[0]).expand_as(branches[0]))
 
         tensors = {
@@ -221,22 +221,19 @@ class CausalUNet(nn.Module):
         frames, branches = x.shape[1], cond.rows // max(batch, 1)
 
         inside = masks.inside(cond["lengths"], frames)
-        attended = Rows.padded(cond["lengths"], frames), cond.get("chunk")
+        rows, chunk = Rows.padded(cond["lengths"], frames), cond.get("chunk")
         # filled, not multiplied: what lies beyond a row's length may be anything, NaN included
         x = x.to(self.dtype).masked_fill(~inside[:batch, :, None], 0.0)
+        x = x.expand(branches, *x.shape).flatten(0, 2)
         first, *between, last = modulation.blocks
 
-        down, up = self._down, self._up
-        convs, columns = (down.resnet.block1.conv, down.resnet.res_conv), slice(x.shape[2])
-        of_state = (conv.over(x, columns, None).repeat(branches, 1, 1) for conv in convs)
-        h, residual = (a + b for a, b in zip(of_state, conditions.chunk(2, dim=-1), strict=True))
-        h = down.resnet.after_conv(h, residual, first)
-        skip = self._run(down.after_resnet, h, *attended)
-        h = down.conv(skip)
+        skip = self._run(self._down, x, first, rows, chunk, conditions.flatten(0, 1))
+        h = self._down.conv(skip, rows)
         for stage, shift in zip(self.mid_blocks, between, strict=True):
-            h = self._run(stage, h, shift, *attended)
-        h = self._run(up, torch.cat([h, skip], dim=-1), last, *attended)
-        v = self.final_proj(self.final_block(up.conv(h)))
+            h = self._run(stage, h, shift, rows, chunk)
+        h = self._run(self._up, torch.cat([h, skip], dim=1), last, rows, chunk)
+        h = self.final_block(self._up.conv(h, rows), rows)
+        v = self.final_proj(h, rows).unflatten(0, inside.shape)
         return v.masked_fill(~inside[:, :, None], 0.0)
 
     def _run(self, stage: Any, *arguments: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """Fused operations: one file each with contract, reference, Triton kernel, launcher, autograd."""
 
 from imf_kernels.ops.attention import attention
+from imf_kernels.ops.causal_conv import causal_conv, causal_conv_norm
 from imf_kernels.ops.fp8_linear import fp8_linear
 from imf_kernels.ops.grouped_conv import grouped_conv_mish
 from imf_kernels.ops.guided_euler_step import EulerStep, guided_euler_step
@@ -11,6 +12,7 @@ from imf_kernels.ops.modulated_layer_norm import (
     gated_residual_norm_fp8,
     modulated_layer_norm,
     modulated_layer_norm_fp8,
+    residual_layer_norm,
 )
 from imf_kernels.ops.quantize_rows import Quantized, quantize_rows
 from imf_kernels.ops.ragged_copy import Copy, ragged_copy
@@ -21,6 +23,8 @@ __all__ = [
     "EulerStep",
     "Quantized",
     "attention",
+    "causal_conv",
+    "causal_conv_norm",
     "fp8_linear",
     "gated_residual_norm",
     "gated_residual_norm_fp8",
@@ -32,5 +36,6 @@ __all__ = [
     "modulated_layer_norm_fp8",
     "quantize_rows",
     "ragged_copy",
+    "residual_layer_norm",
     "rope_qkv",
 ]

@@ -58,3 +58,11 @@ def selected(x: Tensor, rows: Rows | None) -> Tensor:
         return x
     outside = (rows.row_of < 0).view(-1, *[1] * (x.ndim - 1))
     return x.masked_fill(outside, 0.0)
+
+
+def row_sums(x: Tensor, rows: Rows | None) -> Tensor:
+    """`(T, D)` to `(R, D)`, without the frames of no row."""
+    if rows is None:
+        return x.sum(0, keepdim=True)
+    sums = x.new_zeros(rows.lengths.shape[0], x.shape[1])
+    return sums.index_add_(0, rows.row_of.clamp(min=0), selected(x, rows))

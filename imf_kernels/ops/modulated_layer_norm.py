@@ -6,8 +6,9 @@
 `norm(x) = (x - mean) / sqrt(var + eps)` over the D channels of a frame, without affine. `gate`,
 `scale` and `shift` are one row of modulation per row of the batch, or one for all: strided views of
 `(R, 6, D)` or of a step table, read in place. The first branch of a model has no residual before
-it. For branches that multiply in FP8, `..._fp8` give y as `quantize_rows` would, in the same pass.
-(DiT, arXiv 2212.09748, adaLN-Zero.)
+it. A plain transformer's block is the same without a gate, its `scale` being the gain itself
+(`affine`). For branches that multiply in FP8, `..._fp8` give y as `quantize_rows` would, in the
+same pass. (DiT, arXiv 2212.09748, adaLN-Zero.)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from imf_kernels.ops._rows import (
     check_rows,
     per_frame,
     row_stride,
+    row_sums,
     row_warps,
     selected,
 )
@@ -50,9 +52,10 @@ def reference(
     scale: Tensor,
     rows: Rows | None,
     eps: float,
+    affine: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, the specification: `(x', y)`."""
-    x, y = _wide_reference(x, h, gate, shift, scale, rows, eps)
+    x, y = _wide_reference(x, h, gate, shift, scale, rows, eps, affine)
     return x, y.to(x.dtype)
 
 
@@ -78,12 +81,17 @@ def _wide_reference(
     scale: Tensor,
     rows: Rows | None,
     eps: float,
+    affine: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x' in its dtype, y before it is rounded."""
     x = selected(x, rows)
-    if h is not None and gate is not None:
-        h = selected(h, rows)
-        x = (wide(x) + per_frame(wide(gate), rows) * wide(h)).to(x.dtype)
+    if h is not None:
+        branch = wide(selected(h, rows))
+        branch = branch if gate is None else per_frame(wide(gate), rows) * branch
+        x = (wide(x) + branch).to(x.dtype)
+    if affine:
+        y = F.layer_norm(wide(x), x.shape[-1:], wide(scale[0]), wide(shift[0]), eps)
+        return x, selected(y, rows)
     norm = F.layer_norm(wide(x), x.shape[-1:], eps=eps)
     y = norm * (1 + per_frame(wide(scale), rows)) + per_frame(wide(shift), rows)
     return x, selected(y, rows)
@@ -107,6 +115,8 @@ def _forward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+    AFFINE: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     QUANTIZE: tl.constexpr,
     ACC: tl.constexpr,
@@ -130,15 +140,18 @@ def _forward_kernel(
     b_x = tl.load(p_x + o_frame, mask=m, other=0.0).to(ACC)
     if RESIDUAL:
         b_h = tl.load(p_h + o_frame, mask=m, other=0.0).to(ACC)
-        b_gate = tl.load(p_gate + row * stride_gate + o, mask=m, other=0.0).to(ACC)
-        b_out = (b_x + b_gate * b_h).to(p_x_out.dtype.element_ty)
+        if GATED:
+            b_h *= tl.load(p_gate + row * stride_gate + o, mask=m, other=0.0).to(ACC)
+        b_out = (b_x + b_h).to(p_x_out.dtype.element_ty)
         tl.store(p_x_out + o_frame, b_out, mask=m)
         b_x = b_out.to(ACC)  # as the backward will read it
     b_x = tl.where(m, b_x - tl.sum(b_x, 0) / D, 0.0)
     b_norm = b_x / tl.sqrt(tl.sum(b_x * b_x, 0) / D + eps)
     b_shift = tl.load(p_shift + row * stride_shift + o, mask=m, other=0.0).to(ACC)
-    b_scale = tl.load(p_scale + row * stride_scale + o, mask=m, other=0.0).to(ACC)
-    b_y = b_norm * (1 + b_scale) + b_shift
+    b_gain = tl.load(p_scale + row * stride_scale + o, mask=m, other=0.0).to(ACC)
+    if not AFFINE:
+        b_gain += 1
+    b_y = b_norm * b_gain + b_shift
     if QUANTIZE:
         store_quantized(p_y + o_frame, p_y_scale + frame, b_y.to(tl.float32), m)
     else:
@@ -166,13 +179,15 @@ def _backward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+    AFFINE: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     ACC: tl.constexpr,
     FRAMES: tl.constexpr,
 ):
     """`x` is the residual's result; its statistics are recomputed.
 
-    dx' = grad_out + (g - mean(g) - norm * mean(g * norm)) / std with g = dy * (1 + scale)
+    dx' = grad_out + (g - mean(g) - norm * mean(g * norm)) / std with g = dy * gain
 
     Per program one partial sum each for the shift, the scale and the gate.
     """
@@ -184,10 +199,12 @@ def _backward_kernel(
     if HAS_ROWS:
         start = tl.load(p_starts + row).to(tl.int64)
         frames = tl.load(p_lengths + row)
-    b_gain = 1 + tl.load(p_scale + row * stride_scale + o, mask=m, other=0.0).to(ACC)
+    b_gain = tl.load(p_scale + row * stride_scale + o, mask=m, other=0.0).to(ACC)
+    if not AFFINE:
+        b_gain += 1
     b_sum_shift = tl.zeros([BLOCK_D], ACC)
     b_sum_scale = tl.zeros([BLOCK_D], ACC)
-    if RESIDUAL:
+    if GATED:
         b_gate = tl.load(p_gate + row * stride_gate + o, mask=m, other=0.0).to(ACC)
         b_sum_gate = tl.zeros([BLOCK_D], ACC)
     for i in range(FRAMES):
@@ -205,6 +222,7 @@ def _backward_kernel(
             b_sum_scale += b_grad * b_norm
             if RESIDUAL:
                 b_grad_x += tl.load(p_grad_out + o_frame, mask=m, other=0.0).to(ACC)
+            if GATED:
                 b_h = tl.load(p_h + o_frame, mask=m, other=0.0).to(ACC)
                 b_sum_gate += b_grad_x * b_h
                 b_grad_h = b_grad_x * b_gate
@@ -213,7 +231,7 @@ def _backward_kernel(
     p_partial = p_partials + (row * tl.num_programs(0) + chunk) * D + o
     tl.store(p_partial, b_sum_shift, mask=m)
     tl.store(p_partial + stride_partials, b_sum_scale, mask=m)
-    if RESIDUAL:
+    if GATED:
         tl.store(p_partial + 2 * stride_partials, b_sum_gate, mask=m)
 
 
@@ -225,6 +243,7 @@ def _launch_forward(
     scale: Tensor,
     row_of: Tensor | None,
     eps: float,
+    affine: bool = False,
     quantize: bool = False,
 ) -> tuple[Tensor, Tensor, Any]:
     """x' (empty without `h`), y, and y's scale if it is quantised, else None."""
@@ -251,6 +270,8 @@ def _launch_forward(
         D=dim,
         BLOCK_D=block,
         RESIDUAL=h is not None,
+        GATED=gate is not None,
+        AFFINE=affine,
         HAS_ROWS=row_of is not None,
         QUANTIZE=quantize,
         ACC=accumulator(x),
@@ -260,7 +281,7 @@ def _launch_forward(
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]
-"""Of x `(T, D)`, of h (empty without one), and of shift, scale and gate, wide `(2 or 3, R, D)`."""
+"""Of x `(T, D)`; of h, empty without a gate; of shift, scale and gate, wide `(2 or 3, R, D)`."""
 
 
 def _launch_backward(
@@ -272,6 +293,7 @@ def _launch_backward(
     scale: Tensor,
     rows: Rows | None,
     eps: float,
+    affine: bool = False,
 ) -> Gradients:
     frames, dim = x.shape
     count, longest = (1, frames) if rows is None else (rows.lengths.shape[0], rows.longest)
@@ -279,9 +301,10 @@ def _launch_backward(
     # no program comes to the frames of no row
     fill = torch.empty if rows is None else torch.zeros
     grad_x = fill(x.shape, dtype=x.dtype, device=x.device)
-    like_h = x if h is None else h
-    grad_h = fill(x.shape if h is not None else (0,), dtype=like_h.dtype, device=x.device)
-    parts = 2 if h is None else 3
+    grad_h = x.new_empty(0)
+    if h is not None and gate is not None:
+        grad_h = fill(x.shape, dtype=h.dtype, device=x.device)
+    parts = 2 if gate is None else 3
     partials = x.new_empty((parts, count, chunks, dim), dtype=wide_dtype(x))
     block = next_power_of_2(dim)
     launch(
@@ -306,6 +329,8 @@ def _launch_backward(
         D=dim,
         BLOCK_D=block,
         RESIDUAL=h is not None,
+        GATED=gate is not None,
+        AFFINE=affine,
         HAS_ROWS=rows is not None,
         ACC=accumulator(x),
         FRAMES=FRAMES_PER_PROGRAM,
@@ -323,29 +348,23 @@ def _reference_backward(
     scale: Tensor,
     rows: Rows | None,
     eps: float,
+    affine: bool = False,
 ) -> Gradients:
     dy = wide(selected(grad_y, rows))
     centred = wide(x) - wide(x).mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     norm = centred * rstd
-    g = dy * (1 + per_frame(wide(scale), rows))
+    g = dy * (per_frame(wide(scale), rows) + (0 if affine else 1))
     grad_x = (g - g.mean(-1, keepdim=True) - norm * (g * norm).mean(-1, keepdim=True)) * rstd
     products = [dy, dy * norm]
     grad_h = x.new_empty(0)
-    if h is not None and gate is not None:
+    if h is not None:
         grad_x = grad_x + wide(grad_out)
-        products.append(grad_x * wide(h))
-        grad_h = selected((grad_x * per_frame(wide(gate), rows)).to(h.dtype), rows)
-    sums = torch.stack([_row_sums(product, rows) for product in products])
+        if gate is not None:
+            products.append(grad_x * wide(h))
+            grad_h = selected((grad_x * per_frame(wide(gate), rows)).to(h.dtype), rows)
+    sums = torch.stack([row_sums(product, rows) for product in products])
     return selected(grad_x.to(x.dtype), rows), grad_h, sums
-
-
-def _row_sums(x: Tensor, rows: Rows | None) -> Tensor:
-    """`(T, D)` to `(R, D)`, without the frames of no row."""
-    if rows is None:
-        return x.sum(0, keepdim=True)
-    sums = x.new_zeros(rows.lengths.shape[0], x.shape[1])
-    return sums.index_add_(0, rows.row_of.clamp(min=0), selected(x, rows))
 
 
 def _layout(*parts: Any) -> Rows | None:
@@ -364,20 +383,21 @@ def _op(
     row_of: Tensor | None,
     longest: int,
     eps: float,
+    affine: bool,
 ) -> tuple[Tensor, Tensor]:
     """x' (empty without `h`) and y."""
     x, h = contiguous(x, h)
     if dispatch.runs_triton(x):
-        return _launch_forward(x, h, gate, shift, scale, row_of, eps)[:2]
-    if _has_cpp(x, h, gate, shift, scale):
+        return _launch_forward(x, h, gate, shift, scale, row_of, eps, affine)[:2]
+    if not affine and _has_cpp(x, h, gate, shift, scale):
         return torch.ops.imf_kernels.modulated_layer_norm_cpu(x, h, gate, shift, scale, row_of, eps)
     rows = _layout(starts, lengths, row_of, longest)
-    x_out, y = reference(x, h, gate, shift, scale, rows, eps)
+    x_out, y = reference(x, h, gate, shift, scale, rows, eps, affine)
     return x.new_empty(0) if h is None else x_out, y
 
 
 @_op.register_fake
-def _(x, h, gate, shift, scale, starts, lengths, row_of, longest, eps):
+def _(x, h, gate, shift, scale, starts, lengths, row_of, longest, eps, affine):
     return x.new_empty(x.shape if h is not None else (0,)), x.new_empty(x.shape)
 
 
@@ -394,22 +414,23 @@ def _op_backward(
     row_of: Tensor | None,
     longest: int,
     eps: float,
+    affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_out, grad_y, x, h = contiguous(grad_out, grad_y, x, h)
-    if _has_cpp(x, h, gate, scale) and not dispatch.runs_triton(x):
+    if not affine and _has_cpp(x, h, gate, scale) and not dispatch.runs_triton(x):
         return torch.ops.imf_kernels.modulated_layer_norm_backward_cpu(
             grad_out, grad_y, x, h, gate, scale, starts, lengths, eps
         )
     rows = _layout(starts, lengths, row_of, longest)
     run = _launch_backward if dispatch.runs_triton(x) else _reference_backward
-    return run(grad_out, grad_y, x, h, gate, scale, rows, eps)
+    return run(grad_out, grad_y, x, h, gate, scale, rows, eps, affine)
 
 
 @_op_backward.register_fake
-def _(grad_out, grad_y, x, h, gate, scale, starts, lengths, row_of, longest, eps):
+def _(grad_out, grad_y, x, h, gate, scale, starts, lengths, row_of, longest, eps, affine):
     count = 1 if lengths is None else lengths.shape[0]
-    sums = x.new_empty((2 if h is None else 3, count, x.shape[1]), dtype=wide_dtype(x))
-    grad_h = x.new_empty(0) if h is None else h.new_empty(h.shape)
+    sums = x.new_empty((2 if gate is None else 3, count, x.shape[1]), dtype=wide_dtype(x))
+    grad_h = x.new_empty(0) if h is None or gate is None else h.new_empty(h.shape)
     return x.new_empty(x.shape), grad_h, sums
 
 
@@ -420,7 +441,7 @@ def _has_cpp(*tensors: Tensor | None) -> bool:
 
 
 def _setup_context(ctx, inputs, output):
-    x, h, gate, shift, scale, starts, lengths, row_of, ctx.longest, ctx.eps = inputs
+    x, h, gate, shift, scale, starts, lengths, row_of, *ctx.constants = inputs
     ctx.save_for_backward(x if h is None else output[0], h, gate, scale, starts, lengths, row_of)
     ctx.shift = shift.dtype, shift.shape[0]
 
@@ -428,7 +449,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, grad_y):
     saved = ctx.saved_tensors  # once: checkpointing recomputes at every access
     _, h, gate, scale, *_ = saved
-    grad_x, grad_h, sums = _op_backward(grad_out, grad_y, *saved, ctx.longest, ctx.eps)
+    grad_x, grad_h, sums = _op_backward(grad_out, grad_y, *saved, *ctx.constants)
     grad_shift, grad_scale, *grad_gate = sums
 
     def shared(grad, dtype, rows):
@@ -436,11 +457,11 @@ def _backward(ctx, grad_out, grad_y):
 
     return (
         grad_x,
-        None if h is None else grad_h,
+        None if h is None else grad_x.to(h.dtype) if gate is None else grad_h,
         None if gate is None else shared(grad_gate[0], gate.dtype, len(gate)),
         shared(grad_shift, *ctx.shift),
         shared(grad_scale, scale.dtype, len(scale)),
-        *[None] * 5,
+        *[None] * 6,
     )
 
 
@@ -519,6 +540,22 @@ def gated_residual_norm(
     return _run(x, h, gate, shift, scale, rows, eps)
 
 
+def residual_layer_norm(
+    x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """`x' = x + h` and `norm(x') * weight + bias`, in one pass.
+
+    Args:
+        x, h: As in `gated_residual_norm`; of each frame alone, hence without rows.
+        weight, bias: `(D,)`, floating.
+
+    The rest is as in `gated_residual_norm`.
+    """
+    checks.shape("weight", weight, x.shape[-1])
+    checks.shape("bias", bias, x.shape[-1])
+    return _run(x, h, None, bias[None], weight[None], None, eps, affine=True)
+
+
 def modulated_layer_norm_fp8(
     x: Tensor, shift: Tensor, scale: Tensor, rows: Rows | None = None, eps: float = 1e-6
 ) -> Quantized:
@@ -553,13 +590,16 @@ def _run(
     scale: Tensor,
     rows: Rows | None,
     eps: float,
+    affine: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _check(x, h, gate, shift, scale, rows)
-    cpp = all(a is None or a.dtype == torch.float32 for a in (x, h, gate, shift, scale))
+    cpp = not affine and all(
+        a is None or a.dtype == torch.float32 for a in (x, h, gate, shift, scale)
+    )
     if not dispatch.use_kernel(x, h, gate, shift, scale, cpp=cpp):
-        return reference(x, h, gate, shift, scale, rows, eps)
+        return reference(x, h, gate, shift, scale, rows, eps, affine)
     layout = (None, None, None, 0) if rows is None else rows
-    return _op(x, h, gate, shift, scale, *layout, eps)
+    return _op(x, h, gate, shift, scale, *layout, eps, affine)
 
 
 def _run_fp8(

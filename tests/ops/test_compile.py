@@ -13,6 +13,7 @@ from imf_kernels import dispatch
 
 OPS = {
     "attention",
+    "causal_conv",
     "grouped_conv",
     "guided_euler_step",
     "mean_velocity_loss",

@@ -6,6 +6,7 @@ from imf_kernels.ops import (
     gated_residual_norm_fp8,
     modulated_layer_norm,
     modulated_layer_norm_fp8,
+    residual_layer_norm,
 )
 from imf_kernels.ops.modulated_layer_norm import (
     _op,
@@ -199,10 +200,15 @@ def test_opcheck(name):
     x, h, gate, shift, scale = inputs(rows, frames, 12)
     x_out = torch.randn_like(x)
     with backend(name):
-        torch.library.opcheck(_op, (x.requires_grad_(), h, gate, shift, scale, *rows, 1e-6))
+        arguments = (x.requires_grad_(), h, gate, shift, scale, *rows, 1e-6, False)
+        torch.library.opcheck(_op, arguments)
         nothing = (None, None, None, 0)
-        torch.library.opcheck(_op, (x, None, None, shift[:1], scale[:1], *nothing, 1e-6))
-        torch.library.opcheck(_op_backward, (x_out, x_out, x_out, h, gate, scale, *rows, 1e-6))
+        torch.library.opcheck(_op, (x, None, None, shift[:1], scale[:1], *nothing, 1e-6, False))
+        torch.library.opcheck(_op, (x, h, None, shift[:1], scale[:1], *nothing, 1e-6, True))
+        grads = (x_out, x_out, x_out, h, gate, scale, *rows, 1e-6, False)
+        torch.library.opcheck(_op_backward, grads)
+        plain_grads = (x_out, x_out, x_out, h, None, scale[:1], *nothing, 1e-6, True)
+        torch.library.opcheck(_op_backward, plain_grads)
 
 
 @pytest.mark.parametrize("name", ["reference", *BACKENDS])
@@ -217,6 +223,64 @@ def test_compiles_without_graph_breaks_or_recompiles(name):
 
     with backend(name):
         assert_compiles_once(run, *(call(frames) for frames in (7, 12, 33)))
+
+
+def affine(x, h, weight, bias):
+    return torch.stack(residual_layer_norm(x, h, weight, bias))
+
+
+def plain_affine(x, h, weight, bias):
+    x = x + h
+    return torch.stack([x, torch.nn.functional.layer_norm(x, weight.shape, weight, bias, 1e-5)])
+
+
+@pytest.mark.parametrize("name", ["reference", *kernel_backends()])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(("frames", "dim"), [(1, 3), (17, 80), (63, 256), (100, 192), (0, 8)])
+def test_the_affine_form_follows_the_error_rule(name, dtype, frames, dim):
+    x, h = (2 * torch.randn(2, frames, dim, device=DEVICE) + 0.5).to(dtype)
+    args = [x, h, *torch.randn(2, dim, device=DEVICE).to(dtype)]
+    grad = torch.randn(2, frames, dim, device=DEVICE).to(dtype)
+    exact = with_gradients(plain_affine, [a.double() for a in args], grad.double())
+    same_dtype = with_gradients(plain_affine, args, grad)
+    with backend(name), poisoned_memory():
+        ours = with_gradients(affine, args, grad)
+        again = with_gradients(affine, args, grad)
+    for mine, allowed, true, repeated in zip(ours, same_dtype, exact, again, strict=True):
+        assert mine.dtype == dtype
+        assert torch.equal(mine, repeated)
+        scale = float(true.abs().max()) if true.numel() else 0.0
+        assert_error_rule(mine, allowed, true, atol=2e-6 * max(frames, 1) * scale)
+
+
+@pytest.mark.parametrize("name", ["reference", *kernel_backends()])
+def test_the_affine_form_takes_views_and_passes_gradcheck(name):
+    x, h = torch.randn(2, 6, 10, device=DEVICE, dtype=torch.float64)[:, :, ::2]
+    h, (weight, bias) = h.mT.contiguous().mT, x.new_ones(2, 5).cumsum(1)
+    with backend(name):
+        leaves = [a.detach().requires_grad_() for a in (x, h, weight, bias)]
+        assert torch.autograd.gradcheck(affine, leaves)
+        torch.testing.assert_close(affine(x, h, weight, bias), plain_affine(x, h, weight, bias))
+
+
+@pytest.mark.parametrize("name", ["reference", *kernel_backends()])
+def test_the_affine_form_compiles(name):
+    def call(frames):
+        return (*torch.randn(2, frames, 12, device=DEVICE), *torch.randn(2, 12, device=DEVICE))
+
+    with backend(name):
+        assert_compiles_once(residual_layer_norm, *(call(frames) for frames in (7, 12, 33)))
+
+
+def test_bad_affine_input_is_named():
+    x, weight = torch.zeros(3, 4), torch.ones(4)
+    for given, message in (
+        ((x, x[:2], weight, weight), r"h: expected shape \(3, 4\)"),
+        ((x, x, weight[:2], weight), r"weight: expected shape \(4,\)"),
+        ((x, x, weight, weight[:, None]), r"bias: expected shape \(4,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            residual_layer_norm(*given)
 
 
 def test_jvp_on_the_reference():
