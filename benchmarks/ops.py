@@ -107,6 +107,26 @@ def residual_norm(size: Size) -> Inputs:
     return {"x": size.hidden(), "h": size.hidden(), **modulation, "rows": size.layout()}
 
 
+def plain_residual_norm(size: Size) -> Inputs:
+    weight, bias = torch.randn(2, size.dim, dtype=size.dtype).unbind()
+    return {"x": size.hidden(), "h": size.hidden(), "weight": weight, "bias": bias}
+
+
+def unet_block(size: Size) -> Inputs:
+    """CosyVoice2's width, whatever the others have."""
+    weight = torch.randn(256, 256, 3, dtype=size.dtype) / (3 * 256) ** 0.5
+    bias, gamma, beta = torch.randn(3, 256, dtype=size.dtype).unbind()
+    return {
+        "x": size.hidden(256),
+        "weight": weight,
+        "bias": bias,
+        "gamma": gamma,
+        "beta": beta,
+        "rows": size.layout(),
+        "shift": torch.randn(size.rows, 256),
+    }
+
+
 def rope(size: Size) -> Inputs:
     width = size.dim // size.heads
     angles = torch.outer(torch.arange(size.frames), 1e4 ** -torch.linspace(0, 1, width // 2))
@@ -189,6 +209,20 @@ CASES = {
         residual_norm,
         leaves=("x", "h", "gate", "shift", "scale"),
         again=("x", "h"),
+    ),
+    "residual_layer_norm": Case(
+        ops.residual_layer_norm,
+        plain_residual_norm,
+        leaves=("x", "h", "weight", "bias"),
+        again=("x", "h"),
+    ),
+    "causal_conv_norm": Case(
+        ops.causal_conv_norm,
+        unet_block,
+        leaves=("x", "weight", "bias", "gamma", "beta", "shift"),
+        again=("x",),
+        flops=lambda size: 2 * size.rows * size.frames * 3 * 256**2,
+        backward_flops=3.0,
     ),
     "rope_qkv": Case(ops.rope_qkv, rope, leaves=("qkv",)),
     "rope_qkv in place": Case(

@@ -117,5 +117,6 @@ def test_works_without_triton_and_without_the_extension():
         "triton_interpreted": False,
         "cpp": False,
         "cpp_cuda": False,
+        "attention": "sdpa",
         "sum": 6.0,
     }

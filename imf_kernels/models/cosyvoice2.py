@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from imf_kernels import checks, masks
+from imf_kernels import checks
 from imf_kernels.models import state_dicts
 from imf_kernels.models.causal_blocks import Attention, CausalConv, ConvBlock, Stage
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
 from imf_kernels.models.config import CausalUNetConfig
+from imf_kernels.models.estimator import Estimator, checked_lengths, packed_rows
 from imf_kernels.models.linears import FusedLinears
 from imf_kernels.models.step_tables import Modulation, StepTables, linear_float32
 from imf_kernels.models.time_embedding import TimeEmbedMixer, TimeMLP
 from imf_kernels.rows import Rows
 
 
-class CausalUNet(nn.Module):
+class CausalUNet(Estimator):
     """Velocity `v(x, t)` of a flow-matching teacher, or mean velocity `u(x, t, r)` of a student.
 
     Build it from a `CausalUNetConfig`, or from a client's state dict with
@@ -49,7 +50,6 @@ class CausalUNet(nn.Module):
         self.final_block = ConvBlock(dim, dim)
         self.final_proj = CausalConv(dim, config.channels, 1)
         self._fused_time = FusedLinears()
-        self.checkpoint_activations = False
 
     @classmethod
     def from_state_dict(
@@ -92,21 +92,9 @@ class CausalUNet(nn.Module):
         model.load_state_dict(state_dict)
         return model
 
-    def student(self, diagonal: float = 1.0) -> CausalUNet:
-        """A copy that also takes `r`, through a mixer `[D 0]`, D = `diagonal` times the identity.
-
-        With the identity it equals this model for every r. It is trainable and in training mode,
-        whatever this model is.
-        """
-        student = CausalUNet(replace(self.config, mixer=True, mixer_diagonal=diagonal))
-        student.to(device=self.final_proj.weight.device, dtype=self.dtype)
-        student.load_state_dict(self.state_dict())
-        return student
-
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the blocks compute in: the weights'."""
-        return self.final_proj.weight.dtype
+    def last(self) -> Any:
+        return self.final_proj
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -121,12 +109,15 @@ class CausalUNet(nn.Module):
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """What `prepare` returns; "chunk" for streaming."""
+        """What `prepare` returns: "packed" in place of "conditions" for packed rows, "chunk" for
+        streaming; of "frames" the number counts."""
         counts = TensorSpec(("rows",), torch.int64, pad=1)
         return {
             "lengths": counts,
             "chunk": counts,
+            "frames": TensorSpec(("frames",), torch.int64),
             "conditions": TensorSpec(("rows", "frames", 2 * self.config.dim), None),
+            "packed": TensorSpec(("total", 2 * self.config.dim), None),
         }
 
     def prepare(
@@ -138,6 +129,7 @@ class CausalUNet(nn.Module):
         spks: Tensor,
         guided: bool = False,
         streaming: bool = False,
+        packed: bool | int = False,
     ) -> Conditioning:
         """Everything that does not depend on `x, t, r`, once per batch.
 
@@ -150,6 +142,9 @@ class CausalUNet(nn.Module):
             guided: Prepare both branches: 2B rows, `[0:B]` conditional, `[B:2B]` with prompt, mu
                 and spks dropped.
             streaming: Block-causal attention over blocks of `config.chunk` frames.
+            packed: Evaluate the rows behind one another instead of each padded to N: over this many
+                frames (per branch), no fewer than the lengths' sum; True: just as many, which reads
+                the lengths, if need be from the device.
 
         Raises:
             ValueError, TypeError: naming the argument, the expected and the given value.
@@ -160,81 +155,54 @@ class CausalUNet(nn.Module):
         checks.shape("spks", spks, rows, channels)
         for name, value in (("prompt", prompt), ("mu", mu), ("spks", spks)):
             checks.floating(name, value)
-        if lengths is None:
-            lengths = torch.full((rows,), frames, device=prompt.device)
-        checks.lengths("lengths", lengths, rows, frames)
-        lengths = lengths.to(device=prompt.device, dtype=torch.int64)
+        lengths = checked_lengths(lengths, prompt)
+        layout = packed_rows(packed, lengths, frames)
 
-        outside = ~masks.inside(lengths, frames)[:, :, None]
+        own = Rows.padded(lengths, frames) if layout is None else layout
         given = (mu, spks[:, None].expand_as(mu), prompt)  # in the order of the weights' columns
-        joined = torch.cat([part.to(self.dtype).masked_fill(outside, 0.0) for part in given], -1)
+        joined = torch.cat([part.to(self.dtype) for part in given], dim=-1)
         resnet = self._down.resnet
-        conditions = resnet.conditions(joined.flatten(0, 1), Rows.padded(lengths, frames))
-        branches = [conditions.view(rows, frames, -1)]
+        branches = [resnet.conditions(own.pack(joined), own)]
         if guided:
             biases = torch.cat([conv.bias for conv in (resnet.block1.conv, resnet.res_conv)])
             branches.append(biases.to(branches[0]).expand_as(branches[0]))
+        conditions = torch.cat(branches)
 
         tensors = {
             "lengths": lengths.repeat(len(branches)),
-            "conditions": torch.cat(branches),
+            "frames": torch.arange(frames, device=prompt.device),
         }
+        if layout is None:
+            tensors["conditions"] = conditions.unflatten(0, (-1, frames))
+        else:
+            tensors["packed"] = conditions
         if streaming:
             tensors["chunk"] = torch.full_like(tensors["lengths"], self.config.chunk)
         return Conditioning(tensors, self.specs)
 
-    def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Conditioning) -> Tensor:
-        """The velocity at `(x, t)`, or with a mixer the mean velocity over `[t, r]`.
+    def modulation(self, t: Tensor, r: Tensor) -> Modulation:
+        e = F.mish(self.embed_time(t, r)).to(self.dtype)
+        shifts = [layer(e) for layer in self._time_linears()]
+        return Modulation(shifts, e.new_empty(len(e), 0, self.config.dim))
 
-        Args:
-            x: State `(B, N, C)`, any floating dtype.
-            t, r: Times, float32 `(B,)`; `r` is not used without a mixer.
-            cond: From `prepare`, B rows, or 2B when guided: the state is then shared by both
-                branches, not doubled by the caller.
-
-        Returns:
-            `(R, N, C)` in the model's dtype, R = `cond.rows`; zero beyond each row's length.
-        """
-        rows = x.shape[0]
-        checks.shape("t", t, rows)
-        checks.shape("r", r, rows)
-        if cond.rows == 2 * rows:
-            t, r = t.repeat(2), r.repeat(2)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            e = F.mish(self.embed_time(t, r)).to(self.dtype)
-            shifts = [layer(e) for layer in self._time_linears()]
-            final = e.new_empty(len(e), 0, self.config.dim)
-            return self.evaluate(x, Modulation(shifts, final), cond)
-        return self.evaluate(x, self.tables(t[None], r[None]).at(0), cond)
-
-    def evaluate(self, x: Tensor, modulation: Modulation, cond: Conditioning) -> Tensor:
-        """`forward` with all that depends on `t, r` given: one step of `tables`, or live.
-
-        `modulation` has one row for all, or `cond.rows`.
-        """
-        batch, conditions = x.shape[0], cond["conditions"]
-        if cond.rows not in (batch, 2 * batch):
-            raise ValueError(
-                f"x: expected {cond.rows} rows, or half of it when guided, got {batch}"
-            )
-        checks.shape("x", x, batch, conditions.shape[1], self.config.channels)
-        frames, branches = x.shape[1], cond.rows // max(batch, 1)
-
-        inside = masks.inside(cond["lengths"], frames)
-        rows, chunk = Rows.padded(cond["lengths"], frames), cond.get("chunk")
-        # filled, not multiplied: what lies beyond a row's length may be anything, NaN included
-        x = x.to(self.dtype).masked_fill(~inside[:batch, :, None], 0.0)
-        x = x.expand(branches, *x.shape).flatten(0, 2)
+    def velocity(
+        self,
+        x: Tensor,
+        conditions: Tensor,
+        modulation: Modulation,
+        rows: Rows,
+        cond: Conditioning,
+    ) -> Tensor:
+        chunk = cond.get("chunk")
         first, *between, last = modulation.blocks
-
+        x = x.expand(len(conditions), *x.shape).flatten(0, 1)
         skip = self._run(self._down, x, first, rows, chunk, conditions.flatten(0, 1))
         h = self._down.conv(skip, rows)
         for stage, shift in zip(self.mid_blocks, between, strict=True):
             h = self._run(stage, h, shift, rows, chunk)
         h = self._run(self._up, torch.cat([h, skip], dim=1), last, rows, chunk)
         h = self.final_block(self._up.conv(h, rows), rows)
-        v = self.final_proj(h, rows).unflatten(0, inside.shape)
-        return v.masked_fill(~inside[:, :, None], 0.0)
+        return self.final_proj(h, rows)
 
     def _run(self, stage: Any, *arguments: Any) -> Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():

@@ -20,6 +20,7 @@ from imf_kernels import checks, masks
 from imf_kernels.models import linears, state_dicts
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
 from imf_kernels.models.config import FP8_LAYERS, DiTConfig, TextConfig
+from imf_kernels.models.estimator import Estimator, checked_lengths, packed_rows
 from imf_kernels.models.linears import Fp8Linear, FusedLinears
 from imf_kernels.models.positions import (
     CausalConvPositionEmbedding,
@@ -180,7 +181,7 @@ class InputEmbedding(nn.Module):
         return linear(x, self.proj.weight[:, : self.channels], None)
 
 
-class DiT(nn.Module):
+class DiT(Estimator):
     """Velocity `v(x, t)` of a flow-matching teacher, or mean velocity `u(x, t, r)` of a student.
 
     Build it from a `DiTConfig`, or from a client's state dict with `DiT.from_state_dict`.
@@ -207,7 +208,6 @@ class DiT(nn.Module):
         self.norm_out: Any = None if config.baked else AdaLN(config.dim, 2)
         self.proj_out = nn.Linear(config.dim, config.channels)
         self._fused_adaln = FusedLinears()
-        self.checkpoint_activations = False
         self._reset_output()
         if config.fp8:
             self.eval().requires_grad_(False)
@@ -271,17 +271,14 @@ class DiT(nn.Module):
         return model
 
     def student(self, diagonal: float = 1.0) -> DiT:
-        """A copy that also takes `r`, through a mixer `[D 0]`, D = `diagonal` times the identity.
+        """See `Estimator`.
 
-        With the identity it equals this model for every r. It is trainable and in training mode,
-        whatever this model is.
+        Raises:
+            ValueError: a model in FP8, which cannot be trained.
         """
         if self.config.fp8:
             raise ValueError("student: expected a model to train, got one in FP8")
-        student = DiT(replace(self.config, mixer=True, mixer_diagonal=diagonal))
-        student.to(device=self.proj_out.weight.device, dtype=self.dtype)
-        student.load_state_dict(self.state_dict())
-        return student
+        return super().student(diagonal)
 
     def baked(self) -> DiT:
         """A copy without time embedding, mixer and adaLN weights, to be evaluated from `tables`."""
@@ -320,9 +317,8 @@ class DiT(nn.Module):
         return quantised.eval()
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the blocks compute in: the weights'."""
-        return self.proj_out.weight.dtype
+    def last(self) -> Any:
+        return self.proj_out
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -383,14 +379,9 @@ class DiT(nn.Module):
         checks.shape("prompt", prompt, "B", "N", self.config.channels)
         checks.floating("prompt", prompt)
         rows, frames, channels = prompt.shape
-        device = prompt.device
-        if lengths is None:
-            lengths = torch.full((rows,), frames, device=device)
-        checks.lengths("lengths", lengths, rows, frames)
-        lengths = lengths.to(device=device, dtype=torch.int64)
-
-        layout = _packed(packed, lengths, frames) if packed else None
-        if packed and upstream_padding:
+        lengths = checked_lengths(lengths, prompt)
+        layout = packed_rows(packed, lengths, frames)
+        if layout is not None and upstream_padding:
             raise ValueError("packed: expected False with upstream_padding, got True")
 
         def conditions(*parts: Tensor) -> Tensor:
@@ -440,65 +431,26 @@ class DiT(nn.Module):
             tensors["chunk"] = torch.full_like(tensors["lengths"], self.config.chunk)
         return Conditioning(tensors, self.specs)
 
-    def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Conditioning) -> Tensor:
-        """The velocity at `(x, t)`, or with a mixer the mean velocity over `[t, r]`.
+    def modulation(self, t: Tensor, r: Tensor) -> Modulation:
+        e = F.silu(self.embed_time(t, r)).to(self.dtype)
+        blocks: Any = self.transformer_blocks
+        return Modulation([block.attn_norm(e) for block in blocks], self.norm_out(e))
 
-        Args:
-            x: State `(B, N, C)`, any floating dtype.
-            t, r: Times, float32 `(B,)`; `r` is not used without a mixer.
-            cond: From `prepare`, B rows, or 2B when guided: the state is then shared by both
-                branches, not doubled by the caller.
-
-        Returns:
-            `(R, N, C)` in the model's dtype, R = `cond.rows`; zero beyond each row's length.
-        """
-        rows = x.shape[0]
-        checks.shape("t", t, rows)
-        checks.shape("r", r, rows)
-        if cond.rows == 2 * rows:
-            t, r = t.repeat(2), r.repeat(2)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            e = F.silu(self.embed_time(t, r)).to(self.dtype)
-            blocks: Any = self.transformer_blocks
-            modulations = [block.attn_norm(e) for block in blocks]
-            return self.evaluate(x, Modulation(modulations, self.norm_out(e)), cond)
-        return self.evaluate(x, self.tables(t[None], r[None]).at(0), cond)
-
-    def evaluate(self, x: Tensor, modulation: Modulation, cond: Conditioning) -> Tensor:
-        """`forward` with all that depends on `t, r` given: one step of `tables`, or live.
-
-        `modulation` has one row for all, or `cond.rows`.
-        """
-        batch = x.shape[0]
-        if cond.rows not in (batch, 2 * batch):
-            raise ValueError(
-                f"x: expected {cond.rows} rows, or half of it when guided, got {batch}"
-            )
-        checks.shape("x", x, batch, cond["rope"].shape[0], self.config.channels)
-        frames, branches = x.shape[1], cond.rows // max(batch, 1)
-
-        # selected, never multiplied by 0: beyond a row's length anything may stand, NaN included
-        lengths, x = cond["lengths"], x.to(self.dtype)
-        if "packed" in cond:
-            conditions = cond["packed"].unflatten(0, (branches, -1))
-            own = Rows.packed(lengths[:batch], conditions.shape[1], frames)
-            rows, x = own.repeat(branches), own.pack(x)
-        else:
-            conditions = cond["conditions"].view(branches, batch * frames, -1)
-            rows, inside = Rows.padded(lengths, frames), masks.inside(lengths, frames)[:, :, None]
-            x = x.masked_fill(~inside[:batch], 0.0).flatten(0, 1)
+    def velocity(
+        self,
+        x: Tensor,
+        conditions: Tensor,
+        modulation: Modulation,
+        rows: Rows,
+        cond: Conditioning,
+    ) -> Tensor:
         h = (self.input_embed.state(x) + conditions).flatten(0, 1)
         if "key_lengths" in cond:
-            attended = Rows.padded(cond["key_lengths"], frames)
             h = h + self.input_embed.conv_pos_embed(h, rows)
+            rows = Rows.padded(cond["key_lengths"], cond["rope"].shape[0])
         else:
-            attended = rows
             h = self.input_embed.conv_pos_embed(h, rows, residual=h)
-        h = self._blocks(h, modulation, attended, cond)
-        v = linears.apply(self.proj_out, h)
-        if "packed" in cond:
-            return rows.unpack(v, frames)
-        return v.unflatten(0, inside.shape[:2]).masked_fill(~inside, 0.0)
+        return linears.apply(self.proj_out, self._blocks(h, modulation, rows, cond))
 
     def _blocks(self, h: Tensor, modulation: Modulation, rows: Rows, cond: Conditioning) -> Tensor:
         """Embedded frames `(T, D)` to the normalised input of the last projection."""
@@ -578,21 +530,6 @@ _SIZED = (
     "transformer_blocks.0.ff.ff.2.weight",
     "proj_out.weight",
 )
-
-
-def _packed(packed: bool | int, lengths: Tensor, frames: int) -> Rows:
-    """The layout of one branch's rows."""
-    if packed is True:
-        total = int(lengths.sum())
-    else:
-        checks.positive_int("packed", packed)
-        total = packed
-        if checks.readable(lengths) and total < int(lengths.sum()):
-            raise ValueError(
-                f"packed: expected no fewer frames than lengths {lengths.tolist()} sum to, "
-                f"got {total}"
-            )
-    return Rows.packed(lengths, total, frames)
 
 
 def _needed(name: str, value: Tensor | None, others: Mapping[str, Tensor | None]) -> Tensor:

@@ -102,8 +102,10 @@ def test_public_size():
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("grad", [False, True])
-def test_a_batch_equals_its_rows_whatever_fills_the_padding(guided, streaming, grad):
+@pytest.mark.parametrize(
+    ("grad", "packed"), [(False, False), (True, False), (False, True), (True, sum(LENGTHS) + 9)]
+)
+def test_a_batch_equals_its_rows_whatever_fills_the_padding(guided, streaming, grad, packed):
     model = listening_student()
     given = conditions(model, LENGTHS)
     switches = {"guided": guided, "streaming": streaming}
@@ -114,7 +116,7 @@ def test_a_batch_equals_its_rows_whatever_fills_the_padding(guided, streaming, g
         given["prompt"][row, length:] = torch.inf
         given["mu"][row, length:] = torch.nan
     with torch.set_grad_enabled(grad):
-        batch = model(x, t, r, model.prepare(**given, **switches))
+        batch = model(x, t, r, model.prepare(**given, **switches, packed=packed))
         for row, length in enumerate(LENGTHS):
             pick = slice(row, row + 1)
             cond = model.prepare(**one_row(given, row), **switches)
@@ -126,6 +128,19 @@ def test_a_batch_equals_its_rows_whatever_fills_the_padding(guided, streaming, g
     if grad:
         batch.square().sum().backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_of_1_to_3000_frames_equal_themselves_alone(packed):
+    model, lengths = listening_student(), [3000, 1, 17, 640, 2, 1250]
+    given, x, (t, r) = conditions(model, lengths), torch.randn(6, 3000, 12), times(6)
+    with torch.no_grad():
+        batch = model(x, t, r, model.prepare(**given, packed=packed))
+        for row, length in enumerate(lengths):
+            pick = slice(row, row + 1)
+            cond = model.prepare(**one_row(given, row))
+            alone = model(x[pick, :length], t[pick], r[pick], cond)
+            assert relative_rms(batch[row, :length], alone[0]) <= 1e-5
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -242,11 +257,12 @@ def test_conditioning_is_what_it_declares(streaming):
         name: torch.full(spec.shape(rows=2, frames=9), spec.pad, dtype=spec.dtype)
         for name, spec in model.inputs.items()
     }
-    cond = model.prepare(**inputs, guided=True, streaming=streaming)
-    assert cond.keys() == model.specs.keys() - (set() if streaming else {"chunk"})
-    for name, tensor in cond.items():
+    padded = model.prepare(**inputs, guided=True, streaming=streaming)
+    packed = model.prepare(**inputs, guided=True, packed=5)
+    assert padded.keys() | packed.keys() == model.specs.keys() - (set() if streaming else {"chunk"})
+    for name, tensor in (*padded.items(), *packed.items()):
         spec = model.specs[name]
-        assert tensor.shape == spec.shape(rows=4, frames=9)
+        assert tensor.shape == spec.shape(rows=4, frames=9, total=10)
         assert tensor.dtype == (spec.dtype or model.dtype)
         assert tensor.isfinite().all()
 
@@ -259,6 +275,7 @@ def wrong_prepares():
     yield given | {"prompt": given["prompt"].long()}, "prompt: expected torch.float32"
     yield given | {"lengths": torch.tensor([9, 10])}, r"lengths: expected values in \[1, 9\]"
     yield given | {"lengths": torch.tensor([9])}, r"lengths: expected shape \(2,\)"
+    yield given | {"packed": 13}, "packed: expected no fewer frames"
 
 
 @pytest.mark.parametrize(("given", "message"), list(wrong_prepares()))
@@ -428,7 +445,8 @@ def test_kernels_and_reference_agree():
         assert relative_rms(got, want) <= 1e-4
 
 
-def test_compiles_without_graph_breaks():
+@pytest.mark.parametrize("packed", [False, 60])
+def test_compiles_without_graph_breaks(packed):
     torch._dynamo.reset()
     model = listening_student(mid_blocks=1, depth=1)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
@@ -436,7 +454,7 @@ def test_compiles_without_graph_breaks():
         given = conditions(model, [frames, frames - 5])
         x, (t, r) = torch.randn(2, frames, 12), times(2)
         with torch.no_grad():
-            cond = model.prepare(**given, guided=True, streaming=True)
+            cond = model.prepare(**given, guided=True, streaming=True, packed=packed)
             torch.testing.assert_close(compiled(x, t, r, cond), model(x, t, r, cond))
 
 
@@ -523,15 +541,22 @@ def either(request, monkeypatch):
 
 
 @pytest.mark.parametrize("w", [None, 2.5])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_graph_sampler(either, w, streaming):
+@pytest.mark.parametrize(
+    ("streaming", "buckets"),
+    [
+        (False, [(2, 48), (4, 40)]),
+        (True, [(2, 48), (4, 40)]),
+        (False, [(2, 80, 48), (4, 99, 40)]),
+    ],
+)
+def test_graph_sampler(either, w, streaming, buckets):
     model = listening_student()
-    options = {"streaming": streaming}
-    with GraphSampler(model, 2, [(2, 48), (4, 40)], w, prepare=options) as sampler:
+    options, packed = {"streaming": streaming}, len(buckets[0]) == 3
+    with GraphSampler(model, 2, buckets, w, prepare=options) as sampler:
         for seed, lengths in enumerate([[20], [48, 31], [7, 40, 33], [1]]):
             given = conditions(model, lengths, seed)
             x = torch.randn(len(lengths), max(lengths), 12)
-            cond = model.prepare(**given, guided=w is not None, **options)
+            cond = model.prepare(**given, guided=w is not None, packed=packed, **options)
             for grid in ("uniform", "sway"):
                 want = sample(model, x, cond, grid, nfe=2, guidance=w)
                 assert relative_rms(sampler.sample(x, cond, grid), want) <= 1e-5

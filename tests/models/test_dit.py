@@ -4,6 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from benchmarks.plain import plain
 from imf_kernels import backend, dispatch, grids, sampler
 from imf_kernels.models import Conditioning, DiT, DiTConfig, TextConfig
 from imf_kernels.models.positions import GroupedConv
@@ -14,6 +15,7 @@ from tests.models.tools import (
     relative_rms,
     small_model,
 )
+from tests.ops.tools import kernel_backends
 
 LENGTHS = [60, 96, 1, 33]
 
@@ -479,6 +481,25 @@ def test_checkpointed_activations_change_no_gradient(variant):
     model.checkpoint_activations = True
     for got, want in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["auto", *kernel_backends()])
+@pytest.mark.parametrize("packed", [False, True])
+def test_bf16_is_as_good_as_plain_pytorch(variant, name, packed):
+    """At most twice the error of the same model in plain PyTorch, against float32."""
+    exact = small_model(variant, heads=1, head_dim=32)
+    half = copy.deepcopy(exact).bfloat16()
+    given, x, (t, r) = conditions(exact, [60, 41, 7]), torch.randn(3, 60, 12), times(3)
+
+    def run(model, packed=False):
+        with torch.no_grad():
+            return model(x, t, r, model.prepare(**given, packed=packed)).float()
+
+    with backend("reference"):
+        want, plainly = run(exact), run(plain(half))
+    with backend(name):
+        got = run(half, packed)
+    assert relative_rms(got, want) <= 2 * relative_rms(plainly, want)
 
 
 @pytest.mark.skipif(not dispatch.INTERPRETED, reason="needs Triton's interpreter")

@@ -1,0 +1,144 @@
+"""What the velocity models have in common: the doors of `model(x, t, r, cond)`, and where rows lie.
+
+A family computes `modulation` (or `tables` for a known grid) from the times and `velocity` from
+frames; here a batch becomes frames, padded or packed, and frames become a batch again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from imf_kernels import checks, masks
+from imf_kernels.models.conditioning import Conditioning
+from imf_kernels.models.step_tables import Modulation, StepTables
+from imf_kernels.rows import Rows
+
+
+class Estimator(nn.Module):
+    """Velocity `v(x, t)` of a flow-matching teacher, or mean velocity `u(x, t, r)` of a student."""
+
+    config: Any
+    checkpoint_activations = False
+    """Whether training recomputes the blocks' activations instead of keeping them."""
+
+    # -- a family's own -------------------------------------------------------------------------
+
+    @property
+    def last(self) -> Any:
+        """The layer that the velocity comes from."""
+        raise NotImplementedError
+
+    def modulation(self, t: Tensor, r: Tensor) -> Modulation:
+        """All that depends on the times `(R,)`, with gradients."""
+        raise NotImplementedError
+
+    def tables(self, t: Tensor, r: Tensor) -> StepTables:
+        """The same without gradients, for NFE intervals at once; see `step_tables`."""
+        raise NotImplementedError
+
+    def velocity(
+        self,
+        x: Tensor,
+        conditions: Tensor,
+        modulation: Modulation,
+        rows: Rows,
+        cond: Conditioning,
+    ) -> Tensor:
+        """State `(T, C)` and conditions `(branches, T, D)` to `(branches * T, C)`.
+
+        `rows` are those of all branches. What it says of frames of no row means nothing.
+        """
+        raise NotImplementedError
+
+    # -- common ---------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the blocks compute in: the weights'."""
+        return self.last.weight.dtype
+
+    def student(self, diagonal: float = 1.0) -> Self:
+        """A copy that also takes `r`, through a mixer `[D 0]`, D = `diagonal` times the identity.
+
+        With the identity it equals this model for every r. It is trainable and in training mode,
+        whatever this model is.
+        """
+        student = type(self)(replace(self.config, mixer=True, mixer_diagonal=diagonal))
+        student.to(device=self.last.weight.device, dtype=self.dtype)
+        student.load_state_dict(self.state_dict())
+        return student
+
+    def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Conditioning) -> Tensor:
+        """The velocity at `(x, t)`, or with a mixer the mean velocity over `[t, r]`.
+
+        Args:
+            x: State `(B, N, C)`, any floating dtype.
+            t, r: Times, float32 `(B,)`; `r` is not used without a mixer.
+            cond: From `prepare`, B rows, or 2B when guided: the state is then shared by both
+                branches, not doubled by the caller.
+
+        Returns:
+            `(R, N, C)` in the model's dtype, R = `cond.rows`; zero beyond each row's length.
+        """
+        rows = x.shape[0]
+        checks.shape("t", t, rows)
+        checks.shape("r", r, rows)
+        if cond.rows == 2 * rows:
+            t, r = t.repeat(2), r.repeat(2)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.evaluate(x, self.modulation(t, r), cond)
+        return self.evaluate(x, self.tables(t[None], r[None]).at(0), cond)
+
+    def evaluate(self, x: Tensor, modulation: Modulation, cond: Conditioning) -> Tensor:
+        """`forward` with all that depends on `t, r` given: one step of `tables`, or live.
+
+        `modulation` has one row for all, or `cond.rows`.
+        """
+        batch = x.shape[0]
+        if cond.rows not in (batch, 2 * batch):
+            raise ValueError(
+                f"x: expected {cond.rows} rows, or half of it when guided, got {batch}"
+            )
+        frames = cond["rope" if "rope" in cond else "frames"].shape[0]
+        checks.shape("x", x, batch, frames, self.config.channels)
+        branches, lengths, x = cond.rows // max(batch, 1), cond["lengths"], x.to(self.dtype)
+        # selected, never multiplied by 0: beyond a row's length anything may stand, NaN included
+        if "packed" in cond:
+            conditions = cond["packed"].unflatten(0, (branches, -1))
+            own = Rows.packed(lengths[:batch], conditions.shape[1], frames)
+            rows = own.repeat(branches)
+            return rows.unpack(
+                self.velocity(own.pack(x), conditions, modulation, rows, cond), frames
+            )
+        conditions = cond["conditions"].view(branches, batch * frames, -1)
+        rows, outside = Rows.padded(lengths, frames), ~masks.inside(lengths, frames)[:, :, None]
+        x = x.masked_fill(outside[:batch], 0.0).flatten(0, 1)
+        v = self.velocity(x, conditions, modulation, rows, cond)
+        return v.unflatten(0, outside.shape[:2]).masked_fill(outside, 0.0)
+
+
+def checked_lengths(lengths: Tensor | None, batch: Tensor) -> Tensor:
+    """Frames of each row of a batch `(B, N, ...)`, int64 on its device; None: all N."""
+    rows, frames = batch.shape[:2]
+    if lengths is None:
+        return torch.full((rows,), frames, device=batch.device)
+    checks.lengths("lengths", lengths, rows, frames)
+    return lengths.to(device=batch.device, dtype=torch.int64)
+
+
+def packed_rows(packed: bool | int, lengths: Tensor, frames: int) -> Rows | None:
+    """The layout that `prepare(packed=...)` asks for, of one branch's rows; None: padded."""
+    if packed is False:
+        return None
+    if packed is True:
+        return Rows.packed(lengths, int(lengths.sum()), frames)
+    checks.positive_int("packed", packed)
+    if checks.readable(lengths) and packed < int(lengths.sum()):
+        raise ValueError(
+            f"packed: expected no fewer frames than lengths {lengths.tolist()} sum to, got {packed}"
+        )
+    return Rows.packed(lengths, packed, frames)
