@@ -10,6 +10,7 @@ the status is 1 then.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +20,9 @@ import torch
 
 BRIEF = {
     "evaluation": "evaluation --columns eager ours fp8",
+    "evaluation_pdl": (
+        "IMF_KERNELS_PDL=1 evaluation --seconds 1 3 --batch 1 --packed 0 --columns eager ours"
+    ),
     "ops": "ops --sizes large speech",
     "solver_graphs": "solver_graphs --seconds 1 10 --nfe 3 --columns eager ours --rounds 20",
     "rollout": "rollout",
@@ -36,6 +40,11 @@ FULL = {
 }
 
 
+def launches_early() -> bool:
+    """Whether the device has programmatic dependent launch."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--full", action="store_true")
@@ -47,13 +56,18 @@ def main() -> int:
         out = Path(__file__).parent / "results" / name.replace(" ", "_")
     out, failed = out.resolve(), []
     for name, command in (FULL if args.full else BRIEF).items():
-        module, *options = command.split()
+        words = command.split()
+        variables = dict(word.split("=") for word in words if "=" in word)
+        if variables and not launches_early():
+            continue
+        module, *options = words[len(variables) :]
         print(f"\n{name}: {command}", flush=True)
         start = time.monotonic()
         file = str(out / f"{name}.json")
         run = subprocess.run(
             [sys.executable, "-m", f"benchmarks.{module}", *options, "--out", file, *further],
             cwd=Path(__file__).parents[1],
+            env={**os.environ, **variables},
             check=False,
         )
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)

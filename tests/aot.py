@@ -1,6 +1,7 @@
 """Compile every kernel ahead of time for cards that are not here, as their launchers would.
 
     python -m tests.aot            prints a JSON list, a record per kernel, form and architecture
+    python -m tests.aot --brief    the first form of every kernel, for the last architecture
 
 The launchers run on CPU tensors with the launch itself replaced by a compilation, so that each
 kernel gets its real specialisation (16-byte alignment, constants). Run it without
@@ -13,6 +14,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,15 +175,18 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name.lower(): int(value) for name, value in found.items()}
 
 
-def compile_all() -> Iterator[dict[str, Any]]:
+def compile_all(brief: bool = False) -> Iterator[dict[str, Any]]:
     """Compile every form for every architecture."""
     compiled: list[tuple[Any, Any]] = []
+    known = set()
 
     def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        compiled.append((kernel, kernel.warmup(*args, grid=grid, **options)))
+        if not (brief and kernel in known):
+            compiled.append((kernel, kernel.warmup(*args, grid=grid, **options)))
+            known.add(kernel)
 
     _triton.launcher = compile_only
-    for architecture in ARCHITECTURES:
+    for architecture in ARCHITECTURES[-1:] if brief else ARCHITECTURES:
         driver.set_active(NoDevice(architecture))
         fp8 = fp8_forms() if architecture >= FP8_FROM else ()
         for label, launcher, args in itertools.chain(forms(), fp8):
@@ -196,6 +201,7 @@ def compile_all() -> Iterator[dict[str, Any]]:
                     "vector_bits": vector_bits(binary.asm["ptx"]),
                     **resources(binary.asm["cubin"]),
                     "shared": binary.metadata.shared,
+                    "waits": "griddepcontrol.wait" in binary.asm["ptx"],
                 }
             compiled.clear()
 
@@ -209,4 +215,4 @@ def vector_bits(ptx: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(list(compile_all()), indent=1))
+    print(json.dumps(list(compile_all("--brief" in sys.argv)), indent=1))

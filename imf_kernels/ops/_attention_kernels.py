@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels.ops._dtypes import wide_dtype
-from imf_kernels.ops._triton import accumulator, cdiv, dot, jit, launch, tl
+from imf_kernels.ops._triton import accumulator, cdiv, dot, jit, launch, tl, wait_for_predecessor
 from imf_kernels.rows import Rows
 
 LOG2_E = math.log2(math.e)
@@ -37,6 +37,7 @@ def _zero_frames_of_no_row(
 def _clear_kernel(
     p_out, p_row_of, frames, HEADS: tl.constexpr, DH: tl.constexpr, BLOCK: tl.constexpr
 ):
+    wait_for_predecessor()
     o_head = tl.program_id(1) * DH
     _zero_frames_of_no_row(p_out, p_row_of, frames, HEADS * DH, o_head, DH, BLOCK)
 
@@ -64,6 +65,7 @@ def _forward_kernel(
     ACC: tl.constexpr,
 ):
     """Scores are kept in units of log 2: `scale` holds log2(e)."""
+    wait_for_predecessor()
     head = tl.program_id(1)
     row = tl.program_id(2)
     if row == rows:
@@ -143,6 +145,7 @@ def _backward_q_kernel(
     ACC: tl.constexpr,
 ):
     """dq = scale sum_j p_ij (do_i . v_j - delta_i) k_j, delta_i = do_i . out_i, kept for dk."""
+    wait_for_predecessor()
     head = tl.program_id(1)
     row = tl.program_id(2)
     grad_frame = 3 * HEADS * DH
@@ -220,6 +223,7 @@ def _backward_kv_kernel(
     ACC: tl.constexpr,
 ):
     """dv_j = sum_i p_ij do_i and dk_j = scale sum_i p_ij (do_i . v_j - delta_i) q_i."""
+    wait_for_predecessor()
     head = tl.program_id(1)
     row = tl.program_id(2)
     start = tl.load(p_starts + row).to(tl.int64)

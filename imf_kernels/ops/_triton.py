@@ -7,6 +7,7 @@ their real specialisation, and compile them for a card that is not there (`tests
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from imf_kernels.dispatch import HAS_TRITON, INTERPRETED
 if HAS_TRITON:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_wait
 
     jit = triton.jit
     next_power_of_2 = triton.next_power_of_2
@@ -31,8 +33,19 @@ else:
         return 1 << max(n - 1, 0).bit_length()
 
 
+DEPENDENT = HAS_TRITON and not INTERPRETED and os.environ.get("IMF_KERNELS_PDL", "0") == "1"
+"""Whether kernels are launched before their predecessors in the stream have ended (programmatic
+dependent launch, compute capability 9 and later): they wait then before they read anything."""
+_DEPENDENCE = {"launch_pdl": True} if DEPENDENT else {}
+
 if HAS_TRITON:
     _INTERPRETED = tl.constexpr(INTERPRETED)
+    _DEPENDENT = tl.constexpr(DEPENDENT)
+
+    @jit
+    def wait_for_predecessor():
+        if _DEPENDENT:
+            gdc_wait()
 
     @jit
     def dot(b_a, b_b, ACC: tl.constexpr):
@@ -56,7 +69,7 @@ if HAS_TRITON:
         return b.to(tl.float8e4nv)
 
 else:
-    dot = to_e4m3 = None
+    dot = to_e4m3 = wait_for_predecessor = None
 
 
 def cdiv(a: int, b: int) -> int:
@@ -81,7 +94,17 @@ launcher: Callable[..., None] = _run
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch `kernel` over `grid`; an empty grid launches nothing."""
     if 0 not in grid:
-        launcher(kernel, grid, *args, **options)
+        launcher(kernel, grid, *args, **options, **_DEPENDENCE)
 
 
-__all__ = ["accumulator", "cdiv", "dot", "jit", "launch", "next_power_of_2", "tl", "to_e4m3"]
+__all__ = [
+    "accumulator",
+    "cdiv",
+    "dot",
+    "jit",
+    "launch",
+    "next_power_of_2",
+    "tl",
+    "to_e4m3",
+    "wait_for_predecessor",
+]

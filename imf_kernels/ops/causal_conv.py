@@ -33,7 +33,16 @@ from imf_kernels.ops._rows import (
     row_warps,
     selected,
 )
-from imf_kernels.ops._triton import accumulator, cdiv, dot, jit, launch, next_power_of_2, tl
+from imf_kernels.ops._triton import (
+    accumulator,
+    cdiv,
+    dot,
+    jit,
+    launch,
+    next_power_of_2,
+    tl,
+    wait_for_predecessor,
+)
 from imf_kernels.ops.linear import linear
 from imf_kernels.rows import Rows
 
@@ -121,6 +130,7 @@ def _forward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """A block of frames, whatever rows they are of: each reads its own row alone."""
+    wait_for_predecessor()
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     o_m = tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
@@ -193,6 +203,7 @@ def _norm_backward_kernel(
 
     Per program one partial sum each for gamma, beta, bias and shift.
     """
+    wait_for_predecessor()
     chunk = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     o = tl.arange(0, BLOCK_D)

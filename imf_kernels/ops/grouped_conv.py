@@ -19,7 +19,16 @@ from imf_kernels import checks, dispatch
 from imf_kernels.ops._dtypes import wide, wide_dtype
 from imf_kernels.ops._layout import contiguous
 from imf_kernels.ops._rows import check_rows, selected
-from imf_kernels.ops._triton import accumulator, cdiv, dot, jit, launch, next_power_of_2, tl
+from imf_kernels.ops._triton import (
+    accumulator,
+    cdiv,
+    dot,
+    jit,
+    launch,
+    next_power_of_2,
+    tl,
+    wait_for_predecessor,
+)
 from imf_kernels.rows import Rows
 
 
@@ -167,6 +176,7 @@ def _forward_kernel(
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    wait_for_predecessor()
     b_acc, o_c, m_c, base, o, m_valid, m = _convolve(
         p_x, p_weight, p_starts, p_lengths, p_row_of, frames,
         D, CG, TAPS, LEFT, BLOCK_T, BLOCK_C, BLOCK_K, ACC,
@@ -200,6 +210,7 @@ def _grad_z_kernel(
     ACC: tl.constexpr,
 ):
     """Gradient before Mish (z is recomputed), and its sum over each block of frames."""
+    wait_for_predecessor()
     b_acc, o_c, m_c, base, o, m_valid, m = _convolve(
         p_x, p_weight, p_starts, p_lengths, p_row_of, frames,
         D, CG, TAPS, LEFT, BLOCK_T, BLOCK_C, BLOCK_K, ACC,
@@ -231,6 +242,7 @@ def _grad_x_kernel(
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    wait_for_predecessor()
     b_acc, _, _, base, o, _, m = _convolve(
         p_grad_z, p_weight, p_starts, p_lengths, p_row_of, frames,
         D, CG, TAPS, LEFT, BLOCK_T, BLOCK_C, BLOCK_K, ACC,
@@ -258,6 +270,7 @@ def _grad_weight_kernel(
     ACC: tl.constexpr,
 ):
     """One split's partial sum of a block of the weight's gradient, `(D, TAPS * CG)`."""
+    wait_for_predecessor()
     first, o_c, m_c = _channels(tl.program_id(1), CG, BLOCK_C)
     split = tl.program_id(2).to(tl.int64)
     o_k, b_tap, o_in, m_k = _taps(tl.program_id(0) * BLOCK_K, CG, TAPS, BLOCK_K)

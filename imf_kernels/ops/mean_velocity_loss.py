@@ -18,7 +18,7 @@ from torch import Tensor
 from imf_kernels import checks, dispatch
 from imf_kernels.ops._dtypes import wide, wide_dtype
 from imf_kernels.ops._layout import contiguous
-from imf_kernels.ops._triton import accumulator, cdiv, jit, launch, tl
+from imf_kernels.ops._triton import accumulator, cdiv, jit, launch, tl, wait_for_predecessor
 
 BLOCK = 2048
 
@@ -100,6 +100,7 @@ def _forward_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_predecessor()
     row = tl.program_id(1).to(tl.int64)
     row_size = frames.to(tl.int64) * CHANNELS
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -137,6 +138,7 @@ def _backward_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_predecessor()
     row = tl.program_id(1).to(tl.int64)
     row_size = frames.to(tl.int64) * CHANNELS
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -32,7 +32,15 @@ from imf_kernels.ops._rows import (
     row_warps,
     selected,
 )
-from imf_kernels.ops._triton import accumulator, cdiv, jit, launch, next_power_of_2, tl
+from imf_kernels.ops._triton import (
+    accumulator,
+    cdiv,
+    jit,
+    launch,
+    next_power_of_2,
+    tl,
+    wait_for_predecessor,
+)
 from imf_kernels.ops.quantize_rows import (
     Quantized,
     check_no_gradient,
@@ -121,6 +129,7 @@ def _forward_kernel(
     QUANTIZE: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    wait_for_predecessor()
     frame = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BLOCK_D)
     m = o < D
@@ -191,6 +200,7 @@ def _backward_kernel(
 
     Per program one partial sum each for the shift, the scale and the gate.
     """
+    wait_for_predecessor()
     chunk = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     o = tl.arange(0, BLOCK_D)

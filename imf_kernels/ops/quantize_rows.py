@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from imf_kernels import checks, dispatch
 from imf_kernels.ops._rows import row_warps
-from imf_kernels.ops._triton import jit, launch, next_power_of_2, tl, to_e4m3
+from imf_kernels.ops._triton import jit, launch, next_power_of_2, tl, to_e4m3, wait_for_predecessor
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
@@ -56,6 +56,7 @@ def store_quantized(p_q, p_scale, b, m):
 
 @jit
 def _kernel(p_x, p_q, p_scale, K: tl.constexpr, BLOCK_K: tl.constexpr, GELU: tl.constexpr):
+    wait_for_predecessor()
     row = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BLOCK_K)
     m = o < K

@@ -14,7 +14,14 @@ from torch import Tensor
 from imf_kernels import checks, dispatch
 from imf_kernels.ops._dtypes import wide, wide_dtype
 from imf_kernels.ops._rows import check_rows
-from imf_kernels.ops._triton import accumulator, jit, launch, next_power_of_2, tl
+from imf_kernels.ops._triton import (
+    accumulator,
+    jit,
+    launch,
+    next_power_of_2,
+    tl,
+    wait_for_predecessor,
+)
 from imf_kernels.rows import Rows
 
 
@@ -70,6 +77,7 @@ def _forward_kernel(
     ACC: tl.constexpr,
 ):
     """One frame's q, k or v. In place, the launch leaves v and the heads that stay alone."""
+    wait_for_predecessor()
     frame = tl.program_id(0).to(tl.int64)
     section = tl.program_id(1)
     o_head = tl.arange(0, BLOCK_H)[:, None]
@@ -119,6 +127,7 @@ def _norm_backward_kernel(
 
     dx = (g - n mean(g n)) / rms with n = x / rms and g = grad * weight
     """
+    wait_for_predecessor()
     frame = tl.program_id(0).to(tl.int64)
     section = tl.program_id(1)
     o_head = tl.arange(0, BLOCK_H)[:, None]

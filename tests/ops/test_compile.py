@@ -29,12 +29,16 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 
 @pytest.fixture(scope="module")
 def records():
+    return compiled()
+
+
+def compiled(*options, **environment):
     if not dispatch.HAS_TRITON:
         pytest.skip("triton is not installed")
     # a process of its own: the interpreter is chosen when a kernel is decorated
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.aot"],
+        [sys.executable, "-m", "tests.aot", *options],
         cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,
@@ -63,3 +67,10 @@ def test_loads_are_vectorised(records):
     aligned = [r for r in records if r["form"].startswith(("C=80", "D=1024"))]
     assert aligned
     assert [r for r in aligned if r["vector_bits"] < 128] == []
+
+
+def test_kernels_wait_when_they_are_launched_early(records):
+    assert not any(r["waits"] for r in records)
+    early = compiled("--brief", IMF_KERNELS_PDL="1")
+    assert {(r["op"], r["kernel"]) for r in early} == {(r["op"], r["kernel"]) for r in records}
+    assert all(r["waits"] and r["stack"] == 0 for r in early)
