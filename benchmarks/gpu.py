@@ -40,6 +40,14 @@ FULL = {
 }
 
 
+def parts(command: str) -> tuple[dict[str, str], str, list[str]]:
+    """Environment variables, script and options, as a shell reads them."""
+    words = command.split()
+    variables = dict(word.split("=") for word in words if "=" in word)
+    module, *options = words[len(variables) :]
+    return variables, module, options
+
+
 def launches_early() -> bool:
     """Whether the device has programmatic dependent launch."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
@@ -56,11 +64,9 @@ def main() -> int:
         out = Path(__file__).parent / "results" / name.replace(" ", "_")
     out, failed = out.resolve(), []
     for name, command in (FULL if args.full else BRIEF).items():
-        words = command.split()
-        variables = dict(word.split("=") for word in words if "=" in word)
+        variables, module, options = parts(command)
         if variables and not launches_early():
             continue
-        module, *options = words[len(variables) :]
         print(f"\n{name}: {command}", flush=True)
         start = time.monotonic()
         file = str(out / f"{name}.json")
