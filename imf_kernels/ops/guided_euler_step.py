@@ -7,6 +7,10 @@
 Everything is computed in the state's dtype, float32. The displacement is kept apart from the state:
 over a short interval `x' - x` has lost the digits that `sum dt g` still has (IntMeanFlow, arXiv
 2510.07979, Eq. 4-6).
+
+Both branches' velocities are read here. The last projection is linear, so that guidance could come
+before it: that would save .2 % of the bytes of a guided evaluation of F5-TTS base, .02 % of its
+FLOPs and no launch, for a second form of the last norm.
 """
 
 from __future__ import annotations
