@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from imf_kernels import checks, dispatch
 from imf_kernels.ops._dtypes import wide, wide_dtype
 from imf_kernels.ops._layout import contiguous
+from imf_kernels.ops._mish import mish
 from imf_kernels.ops._rows import (
     FRAMES_PER_PROGRAM,
     check_modulation,
@@ -84,16 +85,6 @@ def reference(
         y = y if shift is None else y + per_frame(wide(shift), rows)
         y = y if residual is None else y + wide(residual)
     return selected(y.to(x.dtype), rows), h
-
-
-@jit
-def _mish(b_z):
-    """Mish and its derivative, from `tanh(softplus z) = n / (n + 2)` with `n = e^z (e^z + 2)`."""
-    b_e = tl.exp(tl.minimum(b_z, 20.0))  # from there on the tanh is 1, to float64's last digit
-    b_n = b_e * (b_e + 2)
-    b_tanh = b_n / (b_n + 2)
-    b_slope = b_tanh + 4 * b_z * (b_e / (b_n + 2)) * ((b_e + 1) / (b_n + 2))
-    return b_z * b_tanh, b_slope
 
 
 @jit(do_not_specialize=["frames"])
@@ -172,7 +163,7 @@ def _forward_kernel(
         b_beta = tl.load(p_beta + o_d, mask=m_d, other=0.0).to(ACC)
         b_h = tl.where(m_d[None, :], b_h - (tl.sum(b_h, 1) / D)[:, None], 0.0)
         b_norm = b_h / tl.sqrt(tl.sum(b_h * b_h, 1) / D + eps)[:, None]
-        b_y, _ = _mish(b_norm * b_gamma[None, :] + b_beta[None, :])
+        b_y, _ = mish(b_norm * b_gamma[None, :] + b_beta[None, :])
     if HAS_SHIFT:
         o_shift = (b_row * stride_shift)[:, None] + o_d[None, :]
         b_y += tl.load(p_shift + o_shift, mask=m, other=0.0).to(ACC)
@@ -225,7 +216,7 @@ def _norm_backward_kernel(
             b_h = tl.where(m, b_h - tl.sum(b_h, 0) / D, 0.0)
             rstd = 1 / tl.sqrt(tl.sum(b_h * b_h, 0) / D + eps)
             b_norm = b_h * rstd
-            _, b_slope = _mish(b_norm * b_gamma + b_beta)
+            _, b_slope = mish(b_norm * b_gamma + b_beta)
             b_grad_z = b_grad * b_slope
             b_g = b_grad_z * b_gamma
             b_grad_h = (b_g - tl.sum(b_g, 0) / D - b_norm * (tl.sum(b_g * b_norm, 0) / D)) * rstd

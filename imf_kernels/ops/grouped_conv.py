@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from imf_kernels import checks, dispatch
 from imf_kernels.ops._dtypes import wide, wide_dtype
 from imf_kernels.ops._layout import contiguous
+from imf_kernels.ops._mish import mish
 from imf_kernels.ops._rows import check_rows, selected
 from imf_kernels.ops._triton import (
     accumulator,
@@ -144,18 +145,6 @@ def _convolve(
     return b_acc, o_c, m_c, frame * D, o, (b_end > 0)[:, None], m
 
 
-@jit
-def _mish(b_z):
-    """Mish and its derivative, from e = exp(-|z|) alone: no overflow, no cancellation."""
-    b_e = tl.exp(-tl.abs(b_z))
-    positive = b_z >= 0
-    b_num = tl.where(positive, 1 + 2 * b_e, b_e * (b_e + 2))
-    b_den = tl.where(positive, 1 + 2 * b_e * (1 + b_e), b_e * (b_e + 2) + 2)
-    b_tanh = b_num / b_den
-    b_slope = 4 * b_e * (1 + b_e) / (b_den * b_den)
-    return b_z * b_tanh, b_tanh + b_z * tl.where(positive, b_e * b_slope, b_slope)
-
-
 @jit(do_not_specialize=["frames"])
 def _forward_kernel(
     p_x,
@@ -182,7 +171,7 @@ def _forward_kernel(
         D, CG, TAPS, LEFT, BLOCK_T, BLOCK_C, BLOCK_K, ACC,
     )  # fmt: skip
     b_bias = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(ACC)
-    b_y, _ = _mish(b_acc + b_bias[None, :])
+    b_y, _ = mish(b_acc + b_bias[None, :])
     if p_residual is not None:
         b_y += tl.load(p_residual + base + o, mask=m & m_valid, other=0.0).to(ACC)
     tl.store(p_y + base + o, tl.where(m_valid, b_y, 0.0).to(p_y.dtype.element_ty), mask=m)
@@ -216,7 +205,7 @@ def _grad_z_kernel(
         D, CG, TAPS, LEFT, BLOCK_T, BLOCK_C, BLOCK_K, ACC,
     )  # fmt: skip
     b_bias = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(ACC)
-    _, b_slope = _mish(b_acc + b_bias[None, :])
+    _, b_slope = mish(b_acc + b_bias[None, :])
     b_grad = tl.load(p_grad + base + o, mask=m & m_valid, other=0.0).to(ACC)
     b_grad_z = tl.where(m_valid, b_grad * b_slope, 0.0)
     tl.store(p_grad_z + base + o, b_grad_z.to(p_grad_z.dtype.element_ty), mask=m)
@@ -324,7 +313,7 @@ class _Blocks(NamedTuple):
 def _convolution_blocks(x: Tensor, weight: Tensor) -> _Blocks:
     channels = max(next_power_of_2(weight.shape[1]), 16)
     if x.element_size() == 2:
-        return _Blocks(128, min(channels, 64), 64, 8 if channels >= 64 else 4, 3)
+        return _Blocks(64, min(channels, 64), 64, 4, 3)
     if x.dtype == torch.float32:
         return _Blocks(64, min(channels, 64), 32, 8, 2)
     return _Blocks(32, min(channels, 32), 16, 4, 1)
