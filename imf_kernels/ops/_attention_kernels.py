@@ -280,6 +280,8 @@ def _blocks(qkv: Tensor, backward: bool) -> dict[str, int]:
     """Tile sizes and launch options; of dtype and head width only."""
     width = qkv.shape[3]
     if qkv.dtype == torch.float32:  # products on the scalar units, operands in registers
+        if backward and width <= 64:
+            return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
         size = 32 if width <= 64 else 16
         return {"BLOCK_M": size, "BLOCK_N": size, "num_warps": 4, "num_stages": 2}
     rows = 64 if backward else 128
