@@ -64,7 +64,7 @@ class Program(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A bucket's static conditioning, and if the model declares `inputs` those of its `prepare`."""
+    """A bucket's static conditioning, and for requests to be prepared the inputs of `prepare`."""
 
     cond: Conditioning
     inputs: Mapping[str, Tensor]
@@ -97,6 +97,7 @@ class Engine:
         slots: How many replays may be under way at once.
         guided: Whether conditionings hold both branches.
         options: What is given to `prepare` beside its tensors.
+        prepares: Whether requests may bring the arguments of `prepare` in place of its result.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Engine:
         slots: int,
         guided: bool,
         options: Mapping[str, Any],
+        prepares: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module) or not hasattr(model, "specs"):
             raise TypeError(
@@ -119,6 +121,7 @@ class Engine:
             )
         self.model: Any = model
         self.guided, self.options = guided, dict(options)
+        self.prepares = prepares and hasattr(model, "inputs")
         self.buckets: Any = tiers.table(buckets)
         self.packed = isinstance(self.buckets[0], PackedBucket)
         if self.packed and "packed" not in self.model.specs:  # type: ignore[operator]
@@ -258,7 +261,7 @@ class Engine:
         return flat[: math.prod(shape(bucket))].view(shape(bucket))
 
     def prepared(self, station: Station, bucket: Bucket) -> Prepared:
-        """The bucket's conditioning, and its `prepare` captured if the model declares `inputs`."""
+        """The bucket's conditioning, and its `prepare` captured where requests may need it."""
         if bucket in station.prepared:
             return station.prepared[bucket]
         specs = {name: self.model.specs[name] for name in self.names}
@@ -271,7 +274,7 @@ class Engine:
         )
         inputs: dict[str, Tensor] = {}
         graph = None
-        if hasattr(self.model, "inputs"):
+        if self.prepares:
             inputs = {
                 name: self.buffer(station, f"input.{name}", spec, bucket)
                 for name, spec in self.model.inputs.items()

@@ -46,7 +46,8 @@ class GraphTeacher(Teacher):
         super().__init__(model, guidance)
         checks.positive_int("slots", slots)
         guided = self.guidance is not None
-        self._engine = Engine(self.model, buckets, slots, guided, prepare or {})
+        options = prepare or {}
+        self._engine = Engine(self.model, buckets, slots, guided, options, prepares=False)
 
     @torch.no_grad()
     def integrate(

@@ -49,9 +49,9 @@ def test_one_capture_serves_every_interval_of_a_length(taped, model):
     z = torch.randn(2, 32, 12)
     for r in (0.3, 0.6, 1.0):
         teacher.integrate(z, torch.zeros(2), torch.full((2,), r), 4, cond)
-    assert teacher.stats().captures == 2, "prepare and rollout"
+    assert teacher.stats().captures == 1
     teacher.integrate(z, torch.zeros(2), torch.ones(2), 2, cond)
-    assert teacher.stats().captures == 3
+    assert teacher.stats().captures == 2
 
 
 def test_an_objective_takes_it(either, model):
