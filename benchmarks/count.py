@@ -72,6 +72,7 @@ def count(evaluate: Callable[[], Any]) -> Count:
         custom_mapping={
             torch.ops.imf_kernels.attention: _attention_flops,
             torch.ops.imf_kernels.causal_conv: _conv_flops,
+            torch.ops.imf_kernels.grouped_conv_mish: _conv_flops,
             torch.ops.aten._addmm_activation: _addmm_flops,
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
         },
@@ -100,7 +101,7 @@ def _sdpa_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return flop_counter.sdpa_flop_count(q, k, v)
 
 
-def ours(variant: str, guided: bool, frames: int, **sizes: int) -> Count:
+def ours(variant: str, guided: bool, frames: int, packed: bool = False, **sizes: int) -> Count:
     """One evaluation of a student from step tables, or of a guided teacher."""
     patches = (
         # addresses, by which storage is known to be fused, do not exist here
@@ -115,7 +116,7 @@ def ours(variant: str, guided: bool, frames: int, **sizes: int) -> Count:
                 name: torch.zeros(spec.shape(1, frames), dtype=spec.dtype)
                 for name, spec in model.inputs.items()
             }
-            cond = model.prepare(**given, guided=guided)
+            cond = model.prepare(**given, guided=guided, packed=frames if packed else False)
             x = torch.zeros(1, frames, model.config.channels)
             return count(lambda: model.evaluate(x, tables.at(0), cond))
 
@@ -164,6 +165,8 @@ def main() -> None:
         kind = "guided" if guided else "unguided"
         for variant in ("f5_v0", "f5_v1", "cosyvoice3"):
             results[f"{variant}, {kind}"] = _row(functools.partial(ours, variant), guided, args)
+        run = functools.partial(ours, "f5_v1", packed=True)
+        results[f"f5_v1 packed, {kind}"] = _row(run, guided, args)
         results[f"F5-TTS's own, {kind}"] = _row(clients, guided, args)
         run = functools.partial(ours, "cosyvoice2")
         results[f"cosyvoice2, {kind}"] = _difference(run, guided, args.frames, 4, _UNET_STACKS)

@@ -19,6 +19,7 @@ failures, and so is FP8 that is more than 5 % off.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import sys
@@ -46,6 +47,7 @@ from benchmarks.workload import (
 )
 from imf_kernels import ops
 from imf_kernels.models import DiT, DiTConfig
+from imf_kernels.ops import _flash
 from imf_kernels.ops.fp8_linear import runs_on
 from imf_kernels.rows import Rows
 
@@ -95,9 +97,17 @@ def attention_candidates(model: DiT, rows: int, frames: int, cuda: bool) -> dict
         "flash": lambda: _each(lambda _: sdpa(SDPBackend.FLASH_ATTENTION), blocks),
         "ours": lambda: _each(lambda _: ops.attention(qkv, layout), blocks),
     }
+    for name in _flash.LIBRARIES if cuda else ():
+        with contextlib.suppress(ImportError):
+            run = _flash.LIBRARIES[name].load()
+            candidates[name] = functools.partial(_library, run, qkv, layout, config.depth)
     if cuda:
         candidates["cudnn"] = lambda: _each(lambda _: sdpa(SDPBackend.CUDNN_ATTENTION), blocks)
     return candidates
+
+
+def _library(run: _flash.Forward, qkv: Tensor, layout: Rows, depth: int) -> Tensor:
+    return _each(lambda _: run(*qkv.unbind(1), layout, qkv.shape[3] ** -0.5)[0], range(depth))
 
 
 def _each(run: Callable[[Any], Tensor], over: Iterable[Any]) -> Tensor:

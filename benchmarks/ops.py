@@ -4,7 +4,7 @@
 
 Columns:
 
-    reference       the op's own specification, eager
+    plain           the op in plain PyTorch at the same dtype, eager
     compile         the same under torch.compile (Inductor), shapes fixed
     ours            the fused kernel
 
@@ -12,7 +12,7 @@ A call is timed within a CUDA graph of many calls, each on inputs of its own: to
 the L2 cache several times, so that every call finds it cold. "backward" is forward and backward,
 all forwards before the first backward. Bytes are what the computation has to move: inputs that it
 needs once, results once. A contender whose results or gradients are more than twice as far from
-float64 as the reference's is a failure, and not timed.
+float64 as plain PyTorch's is a failure, and not timed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks import report
@@ -37,7 +38,7 @@ from benchmarks.workload import error, wrong
 from imf_kernels import ops
 from imf_kernels.rows import Rows
 
-COLUMNS = ("reference", "compile", "ours")
+COLUMNS = ("plain", "compile", "ours")
 PASSES = ("forward", "backward")
 KINDS = ("frames", "mels", "qkv")
 """What most of an op's bytes are."""
@@ -170,9 +171,32 @@ def copied(copies: list[ops.Copy]) -> list[Tensor]:
     return [copy.destination for copy in copies]
 
 
+def plain_attention(qkv: Tensor, rows: Rows, finite: bool = True) -> Tensor:
+    """Of full rows; PyTorch's own kernel, whichever it takes."""
+    heads = qkv.unflatten(0, (-1, rows.longest)).transpose(1, 3).unbind(2)
+    return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(0, 1)
+
+
+def plain_conv(x: Tensor, weight: Tensor, bias: Tensor, rows: Rows, residual: Tensor) -> Tensor:
+    """Of full rows, in the dtype of `x`."""
+    rowwise = x.unflatten(0, (-1, rows.longest)).transpose(1, 2)
+    groups = x.shape[1] // weight.shape[1]
+    z = F.conv1d(rowwise, weight, bias, padding=weight.shape[2] // 2, groups=groups)
+    return F.mish(z).transpose(1, 2).flatten(0, 1) + residual
+
+
+def plain_rotation(qkv: Tensor, rope: Tensor, rows: Rows) -> Tensor:
+    """Of full rows, q and k rewritten in place."""
+    cos, sin = rope[: rows.longest, None, None].chunk(2, dim=-1)
+    pairs = qkv.unflatten(0, (-1, rows.longest))[:, :, :2].unflatten(-1, (-1, 2))
+    even, odd = pairs.float().unbind(-1)
+    pairs.copy_(torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1))
+    return qkv
+
+
 @dataclass(frozen=True)
 class Case:
-    """An op, timed as `run(**make(size))`.
+    """An op, timed as `run(**make(size))`, against `plain` if that differs from its specification.
 
     `leaves` are the inputs that gradients pass to (none: forward only), `again` those that the
     backward has to read once more. `moved` counts the forward's bytes where they are not inputs and
@@ -188,6 +212,12 @@ class Case:
     moved: Callable[[Inputs], int] | None = None
     flops: Callable[[Size], float] | None = None
     backward_flops: float = 0.0
+    plain: Callable[..., Any] | None = None
+
+    @property
+    def baseline(self) -> Callable[..., Any]:
+        """The same in plain PyTorch, at the same dtype."""
+        return plainly(self.run) if self.plain is None else self.plain
 
 
 CASES = {
@@ -229,6 +259,7 @@ CASES = {
         functools.partial(ops.rope_qkv, in_place=True),
         rope,
         moved=lambda inputs: inputs["qkv"].nbytes * 4 // 3 + inputs["rope"].nbytes,  # no v
+        plain=plain_rotation,
     ),
     "grouped_conv_mish": Case(
         ops.grouped_conv_mish,
@@ -237,6 +268,7 @@ CASES = {
         again=("x",),
         flops=lambda size: 2 * size.rows * size.frames * size.dim * 64 * 31,
         backward_flops=4.0,  # the sums again, and two products
+        plain=plain_conv,
     ),
     "attention": Case(
         ops.attention,
@@ -246,6 +278,7 @@ CASES = {
         again=("qkv",),
         flops=lambda size: 4 * size.rows * size.frames**2 * size.dim,
         backward_flops=3.5,  # five products to the forward's two
+        plain=plain_attention,
     ),
     "ragged_copy": Case(copied, requests),
 }
@@ -316,8 +349,8 @@ def differences(got: list[Tensor], want: list[Tensor]) -> list[float]:
 
 def contenders(case: Case, columns: list[str]) -> dict[str, Callable[..., Any]]:
     made = {
-        "reference": lambda: plainly(case.run),
-        "compile": lambda: plainly(torch.compile(case.run, dynamic=False)),
+        "plain": lambda: case.baseline,
+        "compile": lambda: plainly(torch.compile(case.plain or case.run, dynamic=False)),
         "ours": lambda: case.run,
     }
     return {name: made[name]() for name in columns}
@@ -334,13 +367,13 @@ def right(
     """The contenders that compute the op, and how far each result of theirs is from float64's."""
     check = functools.partial(results, case, size=size, backward=backward)
     exact = check(plainly(case.run), exact=True)
-    allowed = differences(check(plainly(case.run), exact=False), exact)
+    allowed = differences(check(case.baseline, exact=False), exact)
     runs, errors = {}, {}
     for column, run in contenders(case, columns).items():
         with found.attempt(f"{label}, {column}"):
             errors[column] = differences(check(run, exact=False), exact)
             if wrong(errors[column], allowed):
-                raise ArithmeticError(f"errors {errors[column]}, the reference's {allowed}")
+                raise ArithmeticError(f"errors {errors[column]}, those of plain PyTorch {allowed}")
             runs[column] = run
     return runs, errors
 

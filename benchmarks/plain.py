@@ -1,8 +1,8 @@
 """The DiT as plain PyTorch has it, with the same weights: what this library is measured against.
 
-Three projections, rotary positions in float32, scaled_dot_product_attention, LayerNorm and
-modulation in the model's dtype, all rows side by side in padding. `imf_kernels.backend` decides the
-rest (embeddings, convolutions, Euler step, loss), so contenders run `plainly`.
+Position convolutions, three projections, rotary positions in float32, LayerNorm and modulation in
+the model's dtype, scaled_dot_product_attention, all rows side by side in padding.
+`imf_kernels.backend` decides the rest (Euler step, loss), so contenders run `plainly`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import imf_kernels
 from imf_kernels import masks
 from imf_kernels.models import Conditioning, DiT
 from imf_kernels.models.dit import Block
+from imf_kernels.models.positions import CausalConvPositionEmbedding, GroupedConv
 from imf_kernels.models.step_tables import Modulation
 from imf_kernels.rows import Rows
 
@@ -28,6 +29,20 @@ from imf_kernels.rows import Rows
 class PlainDiT(DiT):
     masked = True
     """Whether rows have lengths of their own: without a mask attention has faster kernels."""
+
+    def velocity(
+        self,
+        x: Tensor,
+        conditions: Tensor,
+        modulation: Modulation,
+        rows: Rows,
+        cond: Conditioning,
+    ) -> Tensor:
+        h = (self.input_embed.state(x) + conditions).flatten(0, 1)
+        inside = masks.inside(rows.lengths, rows.longest) if self.masked else None
+        rowwise = h.unflatten(0, (-1, rows.longest))
+        h = h + _positions(self.input_embed.conv_pos_embed, rowwise, inside)
+        return self.proj_out(self._blocks(h, modulation, rows, cond))
 
     def _blocks(self, h: Tensor, modulation: Modulation, rows: Rows, cond: Conditioning) -> Tensor:
         x = h.unflatten(0, (rows.lengths.shape[0], rows.longest))
@@ -72,6 +87,20 @@ class Compiled:
     def __init__(self, model: DiT) -> None:
         self.dtype, self.tables = model.dtype, model.tables
         self.evaluate = torch.compile(model.evaluate, dynamic=False)
+
+
+def _positions(embed: Any, x: Tensor, inside: Tensor | None) -> Tensor:
+    """Both position convolutions of `x` `(R, N, D)`, frames of no row 0: `(R * N, D)`."""
+    convs = [conv for conv in embed.modules() if isinstance(conv, GroupedConv)]
+    causal = isinstance(embed, CausalConvPositionEmbedding)
+    h = x.transpose(1, 2)
+    for conv in convs:
+        if inside is not None:
+            h = h * inside[:, None]
+        taps = conv.weight.shape[2]
+        h = F.pad(h, (taps - 1, 0) if causal else (taps // 2, taps // 2))
+        h = F.mish(F.conv1d(h, conv.weight, conv.bias, groups=conv.groups))
+    return h.transpose(1, 2).flatten(0, 1)
 
 
 def _block(

@@ -121,8 +121,8 @@ def contenders(
 
     made: dict[str, Callable[[], Solve]] = {
         "eager": lambda: lambda: sample(model, noise, cond(), nfe=nfe),
-        "compile": lambda: lambda: sample(compiled, noise, cond(), nfe=nfe),
-        "compile+graph": lambda: recipe(compiled, noise, prepared, cond, nfe),
+        "compile": lambda: plainly(lambda: sample(compiled, noise, cond(), nfe=nfe)),
+        "compile+graph": lambda: plainly(recipe)(compiled, noise, prepared, cond, nfe),
         "ours": lambda: (
             (lambda: ours.sample(noise, conditions=given))
             if inside

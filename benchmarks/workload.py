@@ -30,7 +30,9 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[DiT, flo
         for name, parameter in model.named_parameters():
             if "linear" in name or "proj_out" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
-    return model.to(dtype).eval().requires_grad_(False), rate
+    model = model.to(dtype).eval().requires_grad_(False)
+    model.fuse_weights()
+    return model, rate
 
 
 def request(

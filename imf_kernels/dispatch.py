@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.autograd import forward_ad
 
 from imf_kernels import checks
@@ -162,6 +163,23 @@ def _triton_starts() -> bool:
         )
         return False
     return True
+
+
+def may_probe() -> bool:
+    """Whether a device may be asked by running something on it: not while capturing, nor where
+    tensors are fake."""
+    return not torch.cuda.is_current_stream_capturing() and detect_fake_mode() is None
+
+
+@contextlib.contextmanager
+def probing() -> Iterator[None]:
+    """Within the scope the host may wait for the device, whatever `torch.cuda` was told of that."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(0)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def runs_triton(x: Tensor) -> bool:

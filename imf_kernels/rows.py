@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from imf_kernels import masks
-
 
 class Rows(NamedTuple):
     """R rows within T frames: row i is the frames `[starts[i], starts[i] + lengths[i])`.
@@ -28,10 +26,10 @@ class Rows(NamedTuple):
     @staticmethod
     def padded(lengths: Tensor, frames: int) -> Rows:
         """R rows of `frames` frames each, of which the first `lengths` are valid."""
-        count, device = lengths.shape[0], lengths.device
-        row = torch.arange(count + 1, dtype=torch.int32, device=device)
-        row_of = torch.where(masks.inside(lengths, frames), row[:-1, None], -1).flatten()
-        return Rows(row * frames, lengths.to(torch.int32), row_of, frames)
+        row = torch.arange(lengths.shape[0] + 1, dtype=torch.int32, device=lengths.device)
+        row_of = row[:-1, None].expand(-1, frames).masked_fill(_outside(lengths, frames), -1)
+        lengths = lengths.to(torch.int32).contiguous()
+        return Rows(row * frames, lengths, row_of.flatten(), frames)
 
     @staticmethod
     def packed(lengths: Tensor, total: int, longest: int) -> Rows:
@@ -42,39 +40,43 @@ class Rows(NamedTuple):
         starts = F.pad(lengths.cumsum(0).clamp(max=total), (1, 0)).to(torch.int32)
         frame = torch.arange(total, dtype=torch.int32, device=lengths.device)
         row_of = torch.searchsorted(starts[1:], frame, right=True, out_int32=True)
-        row_of = torch.where(row_of < lengths.shape[0], row_of, -1)
+        row_of = row_of.masked_fill(row_of == lengths.shape[0], -1)
         return Rows(starts, starts.diff(), row_of, longest)
 
     def repeat(self, times: int) -> Rows:
         """The same layout several times over, each a batch of its own."""
         if times == 1:
             return self
-        copy = torch.arange(times, dtype=torch.int32, device=self.row_of.device)[:, None]
-        starts = (self.starts[:-1] + copy * self.row_of.shape[0]).flatten()
-        row_of = self.row_of + copy * self.lengths.shape[0]
+        rows, frames, outside = self.lengths.shape[0], self.row_of.shape[0], self.row_of < 0
+        ahead = range(1, times)
+        row_of = [(self.row_of + i * rows).masked_fill(outside, -1) for i in ahead]
+        starts = [self.starts[:-1], *(self.starts[:-1] + i * frames for i in ahead[:-1])]
         return Rows(
-            F.pad(starts, (0, 1), value=times * self.row_of.shape[0]),
+            torch.cat([*starts, self.starts + (times - 1) * frames]),
             self.lengths.repeat(times),
-            torch.where(self.row_of < 0, -1, row_of).flatten(),
+            torch.cat([self.row_of, *row_of]),
             self.longest,
         )
 
     def pack(self, x: Tensor) -> Tensor:
         """The frames `(T, ...)` of a padded batch `(R, N, ...)`; those of no row are 0."""
-        frame = torch.arange(self.row_of.shape[0], device=x.device)
-        row = self.row_of.clamp(min=0)
-        place = row * x.shape[1] + frame - self.starts[row]
-        packed = x.flatten(0, 1).index_select(0, torch.where(self.row_of < 0, 0, place))
-        return _filled(packed, self.row_of < 0)
+        frame, outside = torch.arange(self.row_of.shape[0], device=x.device), self.row_of < 0
+        place = self.row_of * x.shape[1] + frame - self.starts[self.row_of]
+        packed = x.flatten(0, 1).index_select(0, place.masked_fill(outside, 0))
+        return _cleared(packed, outside)
 
     def unpack(self, x: Tensor, frames: int) -> Tensor:
         """The padded batch `(R, frames, ...)` of frames `(T, ...)`; 0 beyond each row's length."""
-        inside = masks.inside(self.lengths, frames)
-        place = self.starts[:-1, None] + torch.arange(frames, device=x.device)
-        place = torch.where(inside, place, 0).flatten()
-        return _filled(x.index_select(0, place).unflatten(0, inside.shape), ~inside)
+        frame = torch.arange(frames, device=x.device)
+        outside = frame >= self.lengths[:, None]
+        place = (self.starts[:-1, None] + frame).masked_fill(outside, 0)
+        return _cleared(x.index_select(0, place.flatten()).unflatten(0, outside.shape), outside)
 
 
-def _filled(x: Tensor, outside: Tensor) -> Tensor:
+def _outside(lengths: Tensor, frames: int) -> Tensor:
+    return torch.arange(frames, device=lengths.device) >= lengths[:, None]
+
+
+def _cleared(x: Tensor, outside: Tensor) -> Tensor:
     """Zero where `outside`, whatever `x` holds there."""
     return x.masked_fill(outside[(...,) + (None,) * (x.ndim - outside.ndim)], 0.0)

@@ -67,7 +67,7 @@ def test_solver_graphs_on_the_cpu(tmp_path, monkeypatch, capsys):
 
 
 def test_ops_on_the_cpu(tmp_path, monkeypatch):
-    arguments = "--sizes tiny --columns reference ours --rounds 2"
+    arguments = "--sizes tiny --columns plain ours --rounds 2"
     rows = run(ops, arguments, tmp_path / "ops.json", monkeypatch)["rows"]
     assert {row["op"] for row in rows} == set(ops.CASES)
     assert {row["op"] for row in rows if row["pass"] == "backward"} == {
@@ -75,8 +75,8 @@ def test_ops_on_the_cpu(tmp_path, monkeypatch):
     }
     for row in rows:
         assert row["bytes"] > 0
-        assert row["us"].keys() == {"reference", "ours"}
-        assert row["speedup"].keys() == {"reference"}
+        assert row["us"].keys() == {"plain", "ours"}
+        assert row["speedup"].keys() == {"plain"}
 
 
 def test_bytes_of_an_op():
@@ -95,7 +95,7 @@ def test_a_wrong_op_gets_no_row_and_the_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(
         ops, "CASES", {"off": off, "failing": failing, "rope_qkv": cases["rope_qkv"]}
     )
-    arguments = "--sizes tiny --columns reference ours --passes forward --rounds 2"
+    arguments = "--sizes tiny --columns plain ours --passes forward --rounds 2"
     results = run(ops, arguments, tmp_path / "ops.json", monkeypatch, status=1)
     assert [row["op"] for row in results["rows"]] == ["rope_qkv"]
     off, failing = results["failures"]
@@ -199,7 +199,7 @@ def test_what_runs_on_a_gpu_is_understood():
 
 
 def test_what_fails_on_a_gpu_does_not_stop_the_rest(tmp_path, monkeypatch):
-    tiny = "ops --sizes tiny --columns reference --ops ragged_copy"
+    tiny = "ops --sizes tiny --columns plain --ops ragged_copy"
     monkeypatch.setattr(gpu, "BRIEF", {"first": "ops --sizes unknown", "second": tiny})
     arguments = ["gpu", "--out", str(tmp_path), "--device", "cpu", "--rounds", "1"]
     monkeypatch.setattr("sys.argv", [*arguments, "--commit", "abc"])

@@ -139,7 +139,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rows: Rows, chunk: Tensor | None) -> Tensor:
         """`(T, dim)` to `(T, dim)`."""
         qkv = self._fused.apply(self.projections, x).unflatten(-1, (3, self.heads, -1))
-        return linears.apply(self.to_out[0], attention(qkv, rows, chunk).flatten(1))
+        return linears.apply(self.to_out[0], attention(qkv, rows, chunk, finite=True).flatten(1))
 
     @property
     def projections(self) -> tuple[nn.Module, ...]:

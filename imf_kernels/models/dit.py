@@ -71,7 +71,7 @@ class Attention(nn.Module):
             weights = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
         in_place = not qkv.requires_grad
         qkv = rope_qkv(qkv, rope, rows, self.rope_heads, **weights, in_place=in_place)
-        h = attention(qkv, rows, chunk)
+        h = attention(qkv, rows, chunk, finite=True)
         return linears.apply(self.to_out[0], h.flatten(1))
 
     def project(self, x: Any) -> Tensor:
@@ -505,11 +505,12 @@ class DiT(Estimator):
         return [p for module in timed if module is not None for p in module.parameters()]
 
     def fuse_weights(self) -> None:
-        """Lay the weights that are read as one (adaLN; q, k and v) side by side in memory, and the
-        convolutions' as their kernel reads them.
+        """Lay the weights that are read as one (adaLN; q, k and v) side by side in memory.
 
         The parameters stay the same objects, as views. Evaluations do it by themselves, at the
-        first call and after a move or a cast; whoever takes addresses does it before.
+        first call and after a move or a cast; whoever takes addresses does it before. On CUDA it
+        also lays the convolutions' weights as their kernel reads them, if they are frozen
+        (`requires_grad_(False)`); others are copied at every evaluation.
         """
         if not self.config.baked:
             self._fused_adaln.fuse(self._adaln_linears())

@@ -97,6 +97,13 @@ class FusedLinears:
     def __init__(self) -> None:
         self.whole: tuple[Tensor | None, Tensor | None] = (None, None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedLinears:
+        """Of a copy's parameters nothing is known yet; the storage would be held twice."""
+        return FusedLinears()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"whole": (None, None)}
+
     def apply(self, layers: Sequence[Any], x: Tensor) -> Tensor:
         """All results side by side, `(T, sum N)`."""
         if not all(map(plain, layers)):

@@ -28,8 +28,11 @@ class GroupedConv(nn.Conv1d):
     def lay_out(self) -> None:
         """Taps before channels in memory, as the kernel reads them: else it copies at each call.
 
-        Shape, values and state dict stay as they are.
+        Shape, values and state dict stay as they are. Only of a frozen weight: an optimizer's state
+        would keep the other strides.
         """
+        if self.weight.requires_grad:
+            return
         taps_first = self.weight.data.transpose(1, 2)
         if not taps_first.is_contiguous():
             self.weight.data = taps_first.contiguous().transpose(1, 2)

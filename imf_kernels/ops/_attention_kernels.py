@@ -33,7 +33,7 @@ def _zero_frames_of_no_row(
         tl.store(p_out + o_frame + o_head + o_d, b_zero, mask=m[:, None])
 
 
-@jit
+@jit(do_not_specialize=["frames"])
 def _clear_kernel(
     p_out, p_row_of, frames, HEADS: tl.constexpr, DH: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -42,7 +42,7 @@ def _clear_kernel(
     _zero_frames_of_no_row(p_out, p_row_of, frames, HEADS * DH, o_head, DH, BLOCK)
 
 
-@jit
+@jit(do_not_specialize=["frames", "rows"])
 def _forward_kernel(
     p_qkv,
     p_starts,
@@ -118,7 +118,7 @@ def _forward_kernel(
             tl.store(p_row + o_m, b_max + tl.log2(b_sum), mask=m_m)
 
 
-@jit
+@jit(do_not_specialize=["frames", "rows"])
 def _backward_q_kernel(
     p_grad,
     p_qkv,
@@ -199,7 +199,7 @@ def _backward_q_kernel(
             tl.store(p_grad_qkv + o_grad, (b_grad_q * scale).to(dtype), mask=m_m[:, None])
 
 
-@jit
+@jit(do_not_specialize=["frames"])
 def _backward_kv_kernel(
     p_grad,
     p_qkv,

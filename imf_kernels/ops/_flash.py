@@ -115,9 +115,10 @@ def choose(device: torch.device, dtype: torch.dtype, width: int) -> str:
         return OURS
     key = (device, dtype, width)
     if key not in _chosen:
-        if torch.cuda.is_current_stream_capturing():
+        if not dispatch.may_probe():
             return OURS
-        _chosen[key] = _first_right(*key)
+        with dispatch.probing():
+            _chosen[key] = _first_right(*key)
     return _chosen[key]
 
 
@@ -157,10 +158,18 @@ def _loaded(name: str) -> Forward:
 @torch.no_grad()
 def _fault(run: Forward, device: torch.device, dtype: torch.dtype, width: int) -> str:
     """What is wrong with a library's answers; empty if nothing is."""
-    lengths = torch.tensor([200, 1, 77, 130], device=device)
-    rows, frames = Rows.padded(lengths, 210), 4 * 210
+    lengths = torch.tensor([200, 1, 0, 77, 130], device=device)
     generator = torch.Generator(device).manual_seed(0)
-    qkv = torch.randn(frames, 3, 2, width, device=device, generator=generator).to(dtype)
+    qkv = torch.randn(5 * 210, 3, 16, width, device=device, generator=generator).to(dtype)
+    for rows in (Rows.padded(lengths, 210), Rows.packed(lengths, 5 * 210, 210)):
+        fault = _fault_over(rows, run, qkv)
+        if fault:
+            return fault
+    return ""
+
+
+def _fault_over(rows: Rows, run: Forward, qkv: Tensor) -> str:
+    dtype, width = qkv.dtype, qkv.shape[3]
     scale = width**-0.5
     q, k, v = qkv.unbind(1)
     got, sums = run(q, k, v, rows, scale)
@@ -171,12 +180,13 @@ def _fault(run: Forward, device: torch.device, dtype: torch.dtype, width: int) -
         return "its results are not ours"
     if not bool((sums * ours.LOG2_E - base2)[:, valid].abs().max() <= 1e-2):
         return "its logarithms of sums are not ours"
-    for row, length in enumerate(lengths.tolist()):
-        own = slice(210 * row, 210 * row + length)
-        apart = Rows.padded(lengths[row : row + 1], length)
-        alone, _ = run(q[own], k[own], v[own], apart, scale)
-        if not torch.equal(alone, got[own]):
-            return "a row depends on its batch"
+    for start, length in zip(rows.starts[:-1].tolist(), rows.lengths.tolist(), strict=True):
+        own = slice(start, start + length)
+        if length:
+            apart = Rows.padded(rows.lengths.new_tensor([length]), length)
+            alone, _ = run(q[own], k[own], v[own], apart, scale)
+            if not torch.equal(alone, got[own]):
+                return "a row depends on its batch"
     return ""
 
 

@@ -25,8 +25,11 @@ def check_rows(rows: Rows, x: Tensor) -> None:
     checks.shape("rows.lengths", rows.lengths, "R")
     checks.shape("rows.starts", rows.starts, rows.lengths.shape[0] + 1)
     for name in ("starts", "lengths", "row_of"):
-        checks.dtype(f"rows.{name}", getattr(rows, name), torch.int32)
-        checks.same_device(f"rows.{name}", getattr(rows, name), x.device)
+        part = getattr(rows, name)
+        checks.dtype(f"rows.{name}", part, torch.int32)
+        checks.same_device(f"rows.{name}", part, x.device)
+        if not part.is_contiguous():
+            raise ValueError(f"rows.{name}: expected a contiguous tensor, got {part.stride()}")
 
 
 def check_modulation(name: str, modulation: Tensor, x: Tensor, rows: Rows | None) -> None:

@@ -184,7 +184,12 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def attention(
-    qkv: Tensor, rows: Rows, chunk: Tensor | None = None, scale: float | None = None
+    qkv: Tensor,
+    rows: Rows,
+    chunk: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    finite: bool = False,
 ) -> Tensor:
     """Softmax attention of every frame to the frames of its row that it sees.
 
@@ -193,6 +198,8 @@ def attention(
         rows: Where the rows lie among the T frames. Frames of no row are never read and give 0.
         chunk: Integer `(R,)`: frames per block of the block-causal mask; None: full attention.
         scale: Of the scores; by default `1 / sqrt(head_dim)`.
+        finite: Whether the frames of no row hold finite numbers. Other libraries' kernels may read
+            them, multiplied by 0, and serve only then.
 
     Returns:
         `(T, H, head_dim)`, contiguous, in the dtype of `qkv`; scores and sums are float32.
@@ -209,11 +216,12 @@ def attention(
         checks.shape("chunk", chunk, rows.lengths.shape[0])
         checks.dtype("chunk", chunk, torch.int64, torch.int32)
         checks.same_device("chunk", chunk, qkv.device)
+        chunk = chunk.contiguous()
     scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else float(scale)
     if not (_has_path(qkv) and dispatch.use_kernel(qkv, aten=True)):
         return reference(qkv, rows, chunk, scale)
     library = _flash.OURS
-    if chunk is None and qkv.is_cuda:
+    if chunk is None and finite and qkv.is_cuda and qkv.numel() and rows.lengths.numel():
         library = _flash.choose(qkv.device, qkv.dtype, int(qkv.shape[3]))
     return _op(qkv, *rows, chunk, scale, library)[0]
 

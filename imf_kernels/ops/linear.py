@@ -64,12 +64,13 @@ def _has_onednn() -> bool:
 
 
 def _epilogue_is_tanh(x: Tensor) -> bool:
-    """False while capturing, unless probed before: the probe reads its result."""
+    """False where it may not be probed, and has not been: the probe reads its result."""
     if not (x.is_cuda and x.ndim == 2):
         return False
     key = (x.device, x.dtype)
-    if key not in _epilogues and not torch.cuda.is_current_stream_capturing():
-        _epilogues[key] = _probe(*key)
+    if key not in _epilogues and dispatch.may_probe():
+        with dispatch.probing():
+            _epilogues[key] = _probe(*key)
     return _epilogues.get(key, False)
 
 

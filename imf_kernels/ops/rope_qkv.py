@@ -13,6 +13,7 @@ from torch import Tensor
 
 from imf_kernels import checks, dispatch
 from imf_kernels.ops._dtypes import wide, wide_dtype
+from imf_kernels.ops._layout import contiguous
 from imf_kernels.ops._rows import check_rows
 from imf_kernels.ops._triton import (
     accumulator,
@@ -383,7 +384,7 @@ def rope_qkv(
     Args:
         qkv: `(T, 3, H, head_dim)`, floating.
         rope: Float32 `(P, head_dim)`: cosines, then sines, of the positions 0 to P - 1, P no less
-            than the longest row.
+            than `rows.longest`.
         rows: Where the rows lie among the T frames. Frames of no row stay as they are.
         heads: How many heads, from the first; None: all.
         q_weight, k_weight: `(head_dim,)`; given, all heads of q and k pass an RMSNorm with them
@@ -407,6 +408,10 @@ def rope_qkv(
     checks.shape("rope", rope, "P", width)
     checks.dtype("rope", rope, torch.float32, torch.float64)
     checks.same_device("rope", rope, qkv.device)
+    if rope.shape[0] < rows.longest:
+        raise ValueError(
+            f"rope: expected positions for rows of up to {rows.longest} frames, got {rope.shape[0]}"
+        )
     if (q_weight is None) != (k_weight is None):
         raise ValueError("k_weight: expected both q_weight and k_weight, or neither")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
@@ -416,6 +421,7 @@ def rope_qkv(
         return qkv
     if in_place and torch.is_grad_enabled() and qkv.requires_grad:
         raise ValueError("in_place: expected a qkv without gradient, got requires_grad=True")
+    rope, q_weight, k_weight = contiguous(rope, q_weight, k_weight)
     cpp = qkv.dtype == torch.float32 and q_weight is None
     if not (can_use_kernel(qkv) and dispatch.use_kernel(qkv, q_weight, k_weight, cpp=cpp)):
         turned = reference(qkv, rope, rows, heads, q_weight, k_weight, eps)

@@ -424,6 +424,10 @@ def test_convolutions_laid_out_for_their_kernel_stay_the_same_parameters(variant
     for convolution in convolutions:
         parameter = convolution.weight
         convolution.lay_out()
+        assert parameter.is_contiguous(), "an optimizer may know it"
+        model.requires_grad_(False)
+        convolution.lay_out()
+        model.requires_grad_(True)
         assert convolution.weight is parameter
         assert parameter.transpose(1, 2).is_contiguous()
     given, x, (t, r) = conditions(model, [30, 22]), torch.randn(2, 30, 12), times(2)

@@ -67,7 +67,7 @@ def complex_form(rope, heads):
 def test_outputs_and_gradients_follow_the_error_rule(name, dtype, kind, heads, norm):
     rows, frames = layout(kind, [1, 17, 40])
     args, grad = inputs(rows, frames, dtype, norm), torch.randn(frames, 3, HEADS, WIDTH)
-    rope, grad = table(40), grad.to(DEVICE, dtype)
+    rope, grad = table(rows.longest), grad.to(DEVICE, dtype)
     with backend(name), poisoned_memory():
         ours = with_gradients(run(rows, rope, heads), args, grad)
     outside = rows.row_of < 0
