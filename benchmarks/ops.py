@@ -150,6 +150,21 @@ def position_conv(size: Size) -> Inputs:
     }
 
 
+def convnext_head(size: Size) -> Inputs:
+    """F5-TTS's text width, whatever the blocks have."""
+    return {
+        "x": size.hidden(512),
+        "weight": torch.randn(512, 1, 7, dtype=size.dtype) / 7**0.5,
+        **dict(zip(("bias", "gamma", "beta"), torch.randn(3, 512, dtype=size.dtype), strict=True)),
+        "rows": size.layout(),
+    }
+
+
+def convnext_response(size: Size) -> Inputs:
+    gamma, beta = torch.randn(2, 1024, dtype=size.dtype).unbind()
+    return {"h": size.hidden(1024), "gamma": gamma, "beta": beta, "rows": size.layout()}
+
+
 def packed_qkv(size: Size) -> Inputs:
     return {"qkv": size.hidden(3, size.heads, size.dim // size.heads), "rows": size.layout()}
 
@@ -270,6 +285,13 @@ CASES = {
         backward_flops=4.0,  # the sums again, and two products
         plain=plain_conv,
     ),
+    "depthwise_conv_norm": Case(
+        ops.depthwise_conv_norm,
+        convnext_head,
+        leaves=("x", "weight", "bias", "gamma", "beta"),
+        again=("x",),
+    ),
+    "grn_gelu": Case(ops.grn_gelu, convnext_response, leaves=("h", "gamma", "beta"), again=("h",)),
     "attention": Case(
         ops.attention,
         packed_qkv,

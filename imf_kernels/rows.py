@@ -58,6 +58,12 @@ class Rows(NamedTuple):
             self.longest,
         )
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Each frame's row and its place there, `(T,)`; a frame of none is put behind row 0."""
+        row = self.row_of.clamp(min=0)
+        frame = torch.arange(self.row_of.shape[0], device=row.device)
+        return row, frame - self.starts[row]
+
     def pack(self, x: Tensor) -> Tensor:
         """The frames `(T, ...)` of a padded batch `(R, N, ...)`; those of no row are 0."""
         frame, outside = torch.arange(self.row_of.shape[0], device=x.device), self.row_of < 0

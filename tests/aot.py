@@ -29,6 +29,9 @@ from imf_kernels.ops import _attention_kernels as attention
 from imf_kernels.ops import _triton
 from imf_kernels.ops.causal_conv import _launch_forward as conv
 from imf_kernels.ops.causal_conv import _launch_norm_backward as conv_norm_backward
+from imf_kernels.ops.depthwise_conv import _launch_forward as depthwise_conv
+from imf_kernels.ops.grn_gelu import _launch_forward as grn
+from imf_kernels.ops.grn_gelu import _launch_sums as grn_sums
 from imf_kernels.ops.grouped_conv import _launch_backward as conv_backward
 from imf_kernels.ops.grouped_conv import _launch_forward as conv_forward
 from imf_kernels.ops.guided_euler_step import _launch as step
@@ -110,6 +113,14 @@ def forms() -> Iterator[tuple[str, Callable[..., object], tuple[Any, ...]]]:
             name = f"{label} causal" if causal else label
             yield name, conv_forward, (x, weight, bias, *rows[:3], causal, residual)
         yield label, conv_backward, (x, x, weight, bias, *rows[:3], False)
+    for dtype in dtypes:
+        label = f"text tower {dtype}"
+        x, h = (torch.empty(frames, width, dtype=dtype) for width in (512, 1024))
+        vectors, wide = (torch.empty(3, t.shape[1], dtype=dtype).unbind() for t in (x, h))
+        weight = torch.empty(512, 1, 7, dtype=dtype)
+        yield label, depthwise_conv, (x, weight, *vectors, rows.row_of, 1e-6)
+        yield label, grn, (h, *wide[:2], *rows[:3])
+        yield f"{label} backward", grn_sums, (h, h, *rows[:2])
     for channels, dtype in itertools.product((80, 256, 512), dtypes):
         label = f"{channels} to 256 {dtype}"
         x, h = (torch.empty(frames, width, dtype=dtype) for width in (channels, 256))

@@ -36,6 +36,15 @@ def test_padded_rows_pack_to_what_they_are(lengths):
     assert torch.equal(rows.unpack(x.flatten(0, 1), x.shape[1]), x)
 
 
+@given(LENGTHS, st.booleans())
+def test_places_are_counted_from_each_rows_start(lengths, packed):
+    sizes = torch.tensor(lengths)
+    rows = Rows.packed(sizes, sum(lengths) + 3, 9) if packed else Rows.padded(sizes, 11)
+    row, place = (part[rows.row_of >= 0] for part in rows.places())
+    assert row.tolist() == [i for i, length in enumerate(lengths) for _ in range(length)]
+    assert place.tolist() == [n for length in lengths for n in range(length)]
+
+
 @pytest.mark.parametrize("kind", ["padded", "packed"])
 def test_repeated_layouts(kind):
     lengths = torch.tensor([3, 1, 4])

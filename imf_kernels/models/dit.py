@@ -384,13 +384,14 @@ class DiT(Estimator):
         if layout is not None and upstream_padding:
             raise ValueError("packed: expected False with upstream_padding, got True")
 
-        def conditions(*parts: Tensor) -> Tensor:
-            joined = torch.cat([part.to(self.dtype) for part in parts], dim=-1)
-            return self.input_embed.conditions(joined if layout is None else layout.pack(joined))
+        def flat(x: Tensor) -> Tensor:
+            """Features `(B, N, ...)` as frames `(T, ...)`, 0 beyond each row's length."""
+            x = x.to(self.dtype)
+            if layout is not None:
+                return layout.pack(x)
+            outside = ~masks.inside(lengths, frames)
+            return x.masked_fill(outside[:, :, None], 0.0).flatten(0, 1)
 
-        inside = masks.inside(lengths, frames)
-        outside = ~inside[:, :, None]
-        prompt = prompt.masked_fill(outside, 0.0)
         if self.text_embed is not None:
             text = _needed("text", text, {"mu": mu, "spks": spks})
             checks.shape("text", text, rows, "L")
@@ -402,27 +403,32 @@ class DiT(Estimator):
                     raise ValueError(
                         f"text: expected ids in [-1, {vocab - 1}], got {least} to {most}"
                     )
-            text_inside = torch.ones_like(inside) if upstream_padding else inside
-            said = self.text_embed(text, frames, text_inside, drop=False)
-            branches = [conditions(prompt, said)]
-            if guided:
-                unsaid = self.text_embed(text, frames, text_inside, drop=True)
-                branches.append(conditions(torch.zeros_like(prompt), unsaid))
+            tower_rows = layout
+            if tower_rows is None:
+                tower_rows = Rows.padded(
+                    torch.full_like(lengths, frames) if upstream_padding else lengths, frames
+                )
+            said, heard = self.text_embed(text, tower_rows, guided), flat(prompt)
+            heard = torch.stack([heard, torch.zeros_like(heard)]) if guided else heard[None]
+            conditions = self.input_embed.conditions(torch.cat([heard, said.to(heard)], dim=-1))
         else:
             mu = _needed("mu", mu, {"text": text})
             spks = _needed("spks", spks, {"text": text})
             checks.shape("mu", mu, rows, frames, channels)
             checks.shape("spks", spks, rows, channels)
-            mu = mu.masked_fill(outside, 0.0)
             spks = spks[:, None].expand(rows, frames, channels)
-            branches = [conditions(prompt, mu, spks)]
+            given = flat(torch.cat([prompt, mu, spks], dim=-1))
+            conditions = self.input_embed.conditions(given)[None]
             if guided:
-                branches.append(self.input_embed.proj.bias.to(branches[0]).expand_as(branches[0]))
+                bias = self.input_embed.proj.bias
+                conditions = torch.cat([conditions, bias.to(conditions).expand_as(conditions)])
 
-        repeats = len(branches)
+        conditions = conditions.flatten(0, 1)
+        if layout is None:
+            conditions = conditions.view(-1, frames, self.config.dim)
         tensors = {
-            "lengths": lengths.repeat(repeats),
-            "conditions" if layout is None else "packed": torch.cat(branches),
+            "lengths": lengths.repeat(1 + guided),
+            "conditions" if layout is None else "packed": conditions,
             "rope": self.rotary_embed(frames),
         }
         if upstream_padding:

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from imf_kernels.models import linears
 from imf_kernels.models.config import TextConfig
+from imf_kernels.ops import depthwise_conv_norm, grn_gelu
+from imf_kernels.rows import Rows
 
 
-def sinusoidal_positions(frames: int, dim: int, device: torch.device) -> Tensor:
-    """`cos | sin (n / 1e4^(2k / dim))`, float32 `(frames, dim)`."""
-    k = torch.arange(0, dim, 2, device=device, dtype=torch.float32)[: dim // 2]
-    n = torch.arange(frames, device=device, dtype=torch.float32)
-    angles = torch.outer(n, 1.0 / (1e4 ** (k / dim)))
+def sinusoidal_positions(position: Tensor, dim: int) -> Tensor:
+    """`cos | sin (n / 1e4^(2k / dim))` of positions `(T,)`, float32 `(T, dim)`."""
+    k = torch.arange(0, dim, 2, device=position.device, dtype=torch.float32)[: dim // 2]
+    angles = torch.outer(position.float(), 1.0 / (1e4 ** (k / dim)))
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class GlobalResponseNorm(nn.Module):
-    """`x + gamma (x G / mean(G)) + beta`, G the L2 norm of a channel over the row's frames.
-
-    (ConvNeXt V2, arXiv 2301.00808.) Frames beyond the row's duration do not enter G.
-    """
+    """The weights of `grn_gelu`, in the shapes of the clients' checkpoints."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1, 1, dim))
         self.beta = nn.Parameter(torch.zeros(1, 1, dim))
 
-    def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(x * inside, dim=1, keepdim=True)
-        response = norms / (norms.mean(dim=-1, keepdim=True) + 1e-6)
-        return self.gamma * (x * response) + self.beta + x
+    def forward(self, h: Tensor, rows: Rows) -> Tensor:
+        """Of `gelu(h)`, `(T, dim)`."""
+        return grn_gelu(h, self.gamma.flatten(), self.beta.flatten(), rows)
 
 
 class ConvNeXtV2Block(nn.Module):
@@ -44,18 +43,20 @@ class ConvNeXtV2Block(nn.Module):
         self.grn = GlobalResponseNorm(2 * dim)
         self.pwconv2 = nn.Linear(2 * dim, dim)
 
-    def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        h = self.dwconv(x.transpose(1, 2)).transpose(1, 2)
-        h = linears.apply(self.pwconv1, self.norm(h).flatten(0, 1)).view(*x.shape[:2], -1)
-        h = self.grn(F.gelu(h), inside)
-        return x + linears.apply(self.pwconv2, h.flatten(0, 1)).view_as(x)
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """`(T, dim)`, without the residual."""
+        bias: Any = self.dwconv.bias
+        norm = self.norm
+        h = depthwise_conv_norm(x, self.dwconv.weight, bias, norm.weight, norm.bias, rows, norm.eps)
+        h = self.grn(linears.apply(self.pwconv1, h), rows)
+        return linears.apply(self.pwconv2, h)
 
 
 class TextTower(nn.Module):
-    """Ids `(B, L)` (padding -1) to text features `(B, N, dim)`.
+    """Ids `(R, L)` (padding -1) to text features of R rows' frames.
 
     Text beyond a row's duration is cut, the filler continues the text up to the duration, and
-    beyond it everything is zero: a padded buffer gives a row what it gets alone.
+    frames of no row are zero: a row gets among others what it gets alone.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -64,17 +65,24 @@ class TextTower(nn.Module):
         self.text_embed = nn.Embedding(config.vocab + 1, config.dim)
         self.text_blocks = nn.ModuleList(ConvNeXtV2Block(config.dim) for _ in range(config.layers))
 
-    def forward(self, text: Tensor, frames: int, inside: Tensor, *, drop: bool) -> Tensor:
-        """`inside`: bool `(B, N)`, the row's frames. `drop`: every id becomes the filler; the mask
-        of v1 still follows the undropped text, as in the teacher's training."""
-        ids = F.pad(text[:, :frames] + 1, (0, max(frames - text.shape[1], 0)))
-        kept = inside & (ids != 0) if self.config.mask_padding else inside
-        kept, inside = kept[:, :, None], inside[:, :, None]
-        x = self.text_embed(torch.zeros_like(ids) if drop else ids)
+    def forward(self, text: Tensor, rows: Rows, guided: bool) -> Tensor:
+        """`(branches, T, dim)`: with the text, and if `guided` also with the filler in its place.
+
+        The mask of v1 follows the text in both, as in the teacher's training.
+        """
+        row, position = rows.places()
+        # the column behind the text is the filler's
+        ids = F.pad(text + 1, (0, 1))[row, position.clamp(max=text.shape[1])]
+        kept = rows.row_of >= 0
+        if self.text_blocks and self.config.mask_padding:
+            kept = kept & (ids != 0)
+        ids = torch.stack([ids, torch.zeros_like(ids)]) if guided else ids[None]
+        x = self.text_embed(ids)
+        mask = kept[:, None].to(x.dtype)
         if not self.text_blocks:
-            return x * inside
-        x = x + sinusoidal_positions(frames, self.config.dim, x.device).to(x.dtype)
-        x = x * kept
+            return x * mask
+        x = (x + sinusoidal_positions(position, self.config.dim).to(x.dtype)) * mask
+        branches = rows.repeat(len(ids))
         for block in self.text_blocks:
-            x = block(x, inside) * kept
+            x = torch.addcmul(x, block(x.flatten(0, 1), branches).view_as(x), mask)
         return x

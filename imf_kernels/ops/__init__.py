@@ -2,7 +2,9 @@
 
 from imf_kernels.ops.attention import attention
 from imf_kernels.ops.causal_conv import causal_conv, causal_conv_norm
+from imf_kernels.ops.depthwise_conv import depthwise_conv_norm
 from imf_kernels.ops.fp8_linear import fp8_linear
+from imf_kernels.ops.grn_gelu import grn_gelu
 from imf_kernels.ops.grouped_conv import grouped_conv_mish
 from imf_kernels.ops.guided_euler_step import EulerStep, guided_euler_step
 from imf_kernels.ops.linear import linear
@@ -25,9 +27,11 @@ __all__ = [
     "attention",
     "causal_conv",
     "causal_conv_norm",
+    "depthwise_conv_norm",
     "fp8_linear",
     "gated_residual_norm",
     "gated_residual_norm_fp8",
+    "grn_gelu",
     "grouped_conv_mish",
     "guided_euler_step",
     "linear",

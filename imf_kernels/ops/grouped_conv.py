@@ -43,10 +43,15 @@ def reference(
     residual: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch, the specification."""
-    line, at = _line(selected(wide(x), rows), weight, rows, causal)
-    z = _convolve_line(line, weight.to(x.dtype), bias, at, causal)
+    z = convolved(selected(wide(x), rows), weight.to(x.dtype), bias, rows, causal)
     y = F.mish(z) if residual is None else F.mish(z) + wide(residual)
     return selected(y, rows).to(x.dtype)
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor, rows: Rows, causal: bool = False) -> Tensor:
+    """The convolution and its bias, in `x`'s dtype; frames of no row are finite and enter it."""
+    line, at = _line(x, weight, rows, causal)
+    return _convolve_line(line, weight, bias, at, causal)
 
 
 def _left(taps: int, causal: bool) -> int:

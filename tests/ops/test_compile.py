@@ -14,6 +14,8 @@ from imf_kernels import dispatch
 OPS = {
     "attention",
     "causal_conv",
+    "depthwise_conv",
+    "grn_gelu",
     "grouped_conv",
     "guided_euler_step",
     "mean_velocity_loss",
