@@ -37,7 +37,7 @@ class Rows(NamedTuple):
 
         What does not fit is cut: the last rows of a static buffer are nobody's.
         """
-        starts = F.pad(lengths.cumsum(0).clamp(max=total), (1, 0)).to(torch.int32)
+        starts = F.pad(lengths.cumsum(0, dtype=torch.int32).clamp(max=total), (1, 0))
         frame = torch.arange(total, dtype=torch.int32, device=lengths.device)
         row_of = torch.searchsorted(starts[1:], frame, right=True, out_int32=True)
         row_of = row_of.masked_fill(row_of == lengths.shape[0], -1)
@@ -65,11 +65,11 @@ class Rows(NamedTuple):
         return row, frame - self.starts[row]
 
     def pack(self, x: Tensor) -> Tensor:
-        """The frames `(T, ...)` of a padded batch `(R, N, ...)`; those of no row are 0."""
-        frame, outside = torch.arange(self.row_of.shape[0], device=x.device), self.row_of < 0
-        place = self.row_of * x.shape[1] + frame - self.starts[self.row_of]
-        packed = x.flatten(0, 1).index_select(0, place.masked_fill(outside, 0))
-        return _cleared(packed, outside)
+        """The frames `(T, ...)` of a padded batch `(R, N, ...)`; those of no row mean nothing, and
+        are finite if the rows are."""
+        frame = torch.arange(self.row_of.shape[0], device=x.device)
+        place = torch.add(frame, self.row_of, alpha=x.shape[1]) - self.starts[self.row_of]
+        return x.flatten(0, 1).index_select(0, place.masked_fill(self.row_of < 0, 0))
 
     def unpack(self, x: Tensor, frames: int) -> Tensor:
         """The padded batch `(R, frames, ...)` of frames `(T, ...)`; 0 beyond each row's length."""

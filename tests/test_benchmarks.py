@@ -272,7 +272,7 @@ def test_operations_of_an_evaluation(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = {k: v for k, v in json.loads(out.read_text()).items() if v is not None}
     ours = {name: row for name, row in rows.items() if "own" not in name}
-    assert len(ours) == 8
+    assert len(ours) == 10
     for name, row in ours.items():
         blocks, most = (14 * 4, 530) if name.startswith("cosyvoice2") else (22, 210)
         assert row["a block"] <= 8
