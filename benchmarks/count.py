@@ -101,8 +101,16 @@ def _sdpa_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return flop_counter.sdpa_flop_count(q, k, v)
 
 
-def ours(variant: str, guided: bool, frames: int, packed: bool = False, **sizes: int) -> Count:
-    """One evaluation of a student from step tables, or of a guided teacher."""
+def ours(
+    variant: str,
+    guided: bool,
+    frames: int,
+    packed: bool = False,
+    training: bool = False,
+    **sizes: int,
+) -> Count:
+    """One evaluation of a student from step tables, or of a guided teacher; or the forward pass of
+    a student in training."""
     patches = (
         # addresses, by which storage is known to be fused, do not exist here
         mock.patch.object(FusedLinears, "fuse", lambda self, layers: self.whole),
@@ -118,7 +126,16 @@ def ours(variant: str, guided: bool, frames: int, packed: bool = False, **sizes:
             }
             cond = model.prepare(**given, guided=guided, packed=frames if packed else False)
             x = torch.zeros(1, frames, model.config.channels)
-            return count(lambda: model.evaluate(x, tables.at(0), cond))
+            if not training:
+                return count(lambda: model.evaluate(x, tables.at(0), cond))
+            t = torch.zeros(1)
+            e = torch.zeros(1, model.config.dim, requires_grad=True)
+            with (
+                torch.enable_grad(),
+                mock.patch.object(FusedLinears, "fused", return_value=True),
+                mock.patch.object(type(model), "embed_time", return_value=e),  # wants autocast
+            ):
+                return count(lambda: model(x, t, t, cond))
 
 
 def _dit(variant: str, **sizes: int) -> tuple[Any, StepTables]:
@@ -167,6 +184,9 @@ def main() -> None:
             results[f"{variant}, {kind}"] = _row(functools.partial(ours, variant), guided, args)
         run = functools.partial(ours, "f5_v1", packed=True)
         results[f"f5_v1 packed, {kind}"] = _row(run, guided, args)
+        if not guided:
+            run = functools.partial(ours, "f5_v1", training=True)
+            results["f5_v1 in training"] = _row(run, guided, args)
         results[f"F5-TTS's own, {kind}"] = _row(clients, guided, args)
         run = functools.partial(ours, "cosyvoice2")
         results[f"cosyvoice2, {kind}"] = _difference(run, guided, args.frames, 4, _UNET_STACKS)

@@ -189,8 +189,13 @@ def runs_triton(x: Tensor) -> bool:
     return INTERPRETED and forced() == "triton"
 
 
+def dual_level() -> bool:
+    """Whether forward-mode AD is under way."""
+    return forward_ad._current_level >= 0
+
+
 def _refuse_dual(*tensors: Tensor | None) -> None:
-    if forward_ad._current_level < 0:
+    if not dual_level():
         return
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:

@@ -60,6 +60,9 @@ def distill(
     parameters = [p for p in student.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("student: expected trainable parameters, got none")
+    fuse_weights: Any = getattr(student, "fuse_weights", None)
+    if fuse_weights is not None:
+        fuse_weights()
     optimizer = torch.optim.AdamW(
         parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
     )

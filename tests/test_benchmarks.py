@@ -272,9 +272,12 @@ def test_operations_of_an_evaluation(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = {k: v for k, v in json.loads(out.read_text()).items() if v is not None}
     ours = {name: row for name, row in rows.items() if "own" not in name}
-    assert len(ours) == 10
+    assert len(ours) == 11
     for name, row in ours.items():
         blocks, most = (14 * 4, 530) if name.startswith("cosyvoice2") else (22, 210)
+        if name.endswith("in training"):  # which keeps the pre-activation, and embeds its times
+            assert row["a block"] <= 9
+            continue
         assert row["a block"] <= 8
         assert row["operations"] <= most
         assert row["names"]["imf_kernels.attention.default"] == blocks

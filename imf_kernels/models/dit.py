@@ -439,6 +439,11 @@ class DiT(Estimator):
 
     def modulation(self, t: Tensor, r: Tensor) -> Modulation:
         e = F.silu(self.embed_time(t, r)).to(self.dtype)
+        layers = self._adaln_linears()
+        if self._fused_adaln.fused(layers):
+            made = self._fused_adaln.apply(layers, e).unflatten(-1, (-1, self.config.dim))
+            parts, final = made.split([6 * self.config.depth, 2], dim=1)
+            return Modulation(list(parts.unflatten(1, (-1, 6)).unbind(1)), final)
         blocks: Any = self.transformer_blocks
         return Modulation([block.attn_norm(e) for block in blocks], self.norm_out(e))
 
@@ -513,8 +518,9 @@ class DiT(Estimator):
     def fuse_weights(self) -> None:
         """Lay the weights that are read as one (adaLN; q, k and v) side by side in memory.
 
-        The parameters stay the same objects, as views. Evaluations do it by themselves, at the
-        first call and after a move or a cast; whoever takes addresses does it before. On CUDA it
+        The parameters stay the same objects, as views. Evaluations without gradients do it by
+        themselves, at the first call and after a move or a cast; whoever takes addresses does it
+        before, and whoever trains without sharding (9 launches a block instead of 12). On CUDA it
         also lays the convolutions' weights as their kernel reads them, if they are frozen
         (`requires_grad_(False)`); others are copied at every evaluation.
         """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from imf_kernels.dispatch import dual_level
 from imf_kernels.ops.fp8_linear import MULTIPLE, fp8_linear
 from imf_kernels.ops.linear import linear
 from imf_kernels.ops.quantize_rows import FP8, Quantized, quantize_rows
@@ -90,8 +91,9 @@ class FusedLinears:
     """Some layers that read the same input, as one product.
 
     Without gradients their parameters become (and stay) views of one storage: state dicts,
-    optimizers and in-place updates do not notice, and nothing is copied. With gradients, and while
-    a compiler traces, they are concatenated, which autograd splits again.
+    optimizers and in-place updates do not notice, and nothing is copied. With gradients they are
+    read there if they lie there already (`fuse`); elsewhere, and while a compiler traces, they are
+    concatenated, which autograd splits again.
     """
 
     def __init__(self) -> None:
@@ -112,8 +114,26 @@ class FusedLinears:
         if torch.compiler.is_compiling() or (
             torch.is_grad_enabled() and any(p.requires_grad for p in (*weights, *biases))
         ):
-            return linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
+            one = _AsOne.apply if self.fused(layers) else _concatenated
+            weight, bias = self.whole
+            return linear(x, one(weight, *weights), one(bias, *biases) if biases else None)
         return linear(x, *self.fuse(layers))
+
+    def fused(self, layers: Sequence[Any]) -> bool:
+        """Whether the layers' own parameters lie in one storage, so that autograd may read it."""
+        if torch.compiler.is_compiling() or not all(map(plain, layers)):
+            return False
+        if torch._C._functorch.peek_interpreter_stack() is not None or dual_level():
+            return False
+        both = zip(self.whole, _parameters(layers), strict=True)
+        return self.whole[0] is not None and all(
+            whole is None
+            if not parameters
+            else whole is not None
+            and all(type(p) is nn.Parameter for p in parameters)
+            and _lie_in(whole, parameters)
+            for whole, parameters in both
+        )
 
     def fuse(self, layers: Sequence[Any]) -> tuple[Tensor, Any]:
         """Weights `(sum N, K)` and biases `(sum N,)`, or None for layers without."""
@@ -121,6 +141,29 @@ class FusedLinears:
         weight, bias = self.whole
         self.whole = _fuse(weights, weight), _fuse(biases, bias) if biases else None
         return self.whole
+
+
+class _AsOne(torch.autograd.Function):
+    """The storage that parameters lie in, as what they would be concatenated."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.sizes = [p.shape[0] for p in parameters]
+        ctx.parameters = parameters
+        ctx.versions = [p._version for p in parameters]
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if [p._version for p in ctx.parameters] != ctx.versions:
+            raise RuntimeError(
+                "a weight needed for the gradient has been modified by an in-place operation"
+            )
+        return None, *grad.split(ctx.sizes)
+
+
+def _concatenated(whole: Tensor | None, *parameters: Tensor) -> Tensor:
+    return torch.cat(parameters)
 
 
 def _parameters(layers: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:

@@ -68,6 +68,34 @@ def test_rows_of_1_to_3000_frames_equal_themselves_alone(variant, packed):
             assert relative_rms(batch[row, :length], alone[0]) <= 1e-5
 
 
+def test_fused_storage_gives_the_same_gradients(variant):
+    """q, k and v, and all adaLN weights, are read where they lie, and get their own gradients."""
+    model = small_model(variant).student().train()
+    given, x, (t, r) = conditions(model, [30, 22]), torch.randn(2, 30, 12), times(2)
+    gradients = []
+    for fused in (False, True):
+        if fused:
+            model.fuse_weights()
+        model.zero_grad()
+        loss = model(x, t, r, model.prepare(**given)).square().sum()
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for got, want in zip(*reversed(gradients), strict=True):
+        assert relative_rms(got, want) <= 1e-5
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    before = model(x, t, r, model.prepare(**given)).detach()
+    optimizer.step()
+    copied = copy.deepcopy(model)  # whose parameters lie apart
+    with torch.enable_grad():
+        after, same = (m(x, t, r, m.prepare(**given)) for m in (model, copied))
+    assert relative_rms(after.detach(), same.detach()) <= 1e-6
+    assert not torch.equal(after, before)
+    with torch.no_grad():
+        model.transformer_blocks[0].attn.to_q.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an in-place operation"):
+        after.square().sum().backward()
+
+
 def test_packed_rows_give_the_same_gradients(variant):
     model = small_model(variant).student().train()
     given, x, (t, r) = conditions(model, [30, 22]), torch.randn(2, 30, 12), times(2)
