@@ -22,7 +22,15 @@ from imf_kernels import checks, dispatch
 from imf_kernels.ops._dtypes import wide
 from imf_kernels.ops._layout import contiguous
 from imf_kernels.ops._rows import check_rows, selected
-from imf_kernels.ops._triton import accumulator, cdiv, jit, launch, next_power_of_2, tl
+from imf_kernels.ops._triton import (
+    accumulator,
+    cdiv,
+    jit,
+    launch,
+    next_power_of_2,
+    tl,
+    wait_for_predecessor,
+)
 from imf_kernels.ops.grouped_conv import convolved
 from imf_kernels.rows import Rows
 
@@ -63,6 +71,7 @@ def _forward_kernel(
     ACC: tl.constexpr,
 ):
     """A block of frames, whatever rows they are of: each reads its own row alone."""
+    wait_for_predecessor()
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     o_m = first + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)

@@ -20,7 +20,15 @@ from imf_kernels import checks, dispatch
 from imf_kernels.ops._dtypes import wide, wide_dtype
 from imf_kernels.ops._layout import contiguous
 from imf_kernels.ops._rows import check_rows, per_frame, row_sums, selected
-from imf_kernels.ops._triton import accumulator, cdiv, jit, launch, next_power_of_2, tl
+from imf_kernels.ops._triton import (
+    accumulator,
+    cdiv,
+    jit,
+    launch,
+    next_power_of_2,
+    tl,
+    wait_for_predecessor,
+)
 from imf_kernels.rows import Rows
 
 EPS = 1e-6
@@ -60,6 +68,7 @@ def _sums_kernel(
     ACC: tl.constexpr,
 ):
     """Sums of g^2, and with a gradient of g dy, over one part of a row."""
+    wait_for_predecessor()
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     o_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -100,6 +109,7 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    wait_for_predecessor()
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     o_m = first + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
