@@ -166,7 +166,13 @@ def convnext_response(size: Size) -> Inputs:
 
 
 def packed_qkv(size: Size) -> Inputs:
-    return {"qkv": size.hidden(3, size.heads, size.dim // size.heads), "rows": size.layout()}
+    qkv = size.hidden(3, size.heads, size.dim // size.heads)
+    return {"qkv": qkv, "rows": size.layout(), "finite": True}
+
+
+def streaming_qkv(size: Size) -> Inputs:
+    """Blocks of 50 frames, each seeing those before it."""
+    return packed_qkv(size) | {"chunk": torch.full((size.rows,), 50)}
 
 
 def requests(size: Size) -> Inputs:
@@ -186,10 +192,16 @@ def copied(copies: list[ops.Copy]) -> list[Tensor]:
     return [copy.destination for copy in copies]
 
 
-def plain_attention(qkv: Tensor, rows: Rows, finite: bool = True) -> Tensor:
-    """Of full rows; PyTorch's own kernel, whichever it takes."""
+def plain_attention(
+    qkv: Tensor, rows: Rows, chunk: Tensor | None = None, finite: bool = True
+) -> Tensor:
+    """Of full rows, in blocks of 50 frames if any; PyTorch's own kernel, whichever it takes."""
     heads = qkv.unflatten(0, (-1, rows.longest)).transpose(1, 3).unbind(2)
-    return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(0, 1)
+    mask = None
+    if chunk is not None:
+        block = torch.arange(rows.longest, device=qkv.device) // 50
+        mask = block[None, :] <= block[:, None]
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(0, 1)
 
 
 def plain_conv(x: Tensor, weight: Tensor, bias: Tensor, rows: Rows, residual: Tensor) -> Tensor:
@@ -300,6 +312,13 @@ CASES = {
         again=("qkv",),
         flops=lambda size: 4 * size.rows * size.frames**2 * size.dim,
         backward_flops=3.5,  # five products to the forward's two
+        plain=plain_attention,
+    ),
+    "attention, streaming": Case(
+        ops.attention,
+        streaming_qkv,
+        "qkv",
+        flops=lambda size: 2 * size.rows * size.frames * (size.frames + 50) * size.dim,
         plain=plain_attention,
     ),
     "ragged_copy": Case(copied, requests),
