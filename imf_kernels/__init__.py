@@ -2,7 +2,7 @@
 
 Time 0 is noise and time 1 is data. State, time, grids and dt are float32; a model computes in its
 weights' dtype. Values of arguments (times, lengths, ids) are checked on CPU tensors only: reading
-CUDA ones would wait for the device. The README has three short examples.
+CUDA ones would wait for the device. The README has short examples.
 """
 
 from imf_kernels import (

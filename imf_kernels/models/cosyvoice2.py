@@ -37,8 +37,7 @@ class CausalUNet(Estimator):
     """
 
     def __init__(self, config: CausalUNetConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         dim, inputs = config.dim, 4 * config.channels
         self.time_mlp = TimeMLP(inputs, config.time_dim)
         self.time_embed_mixer = (

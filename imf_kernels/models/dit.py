@@ -188,8 +188,7 @@ class DiT(Estimator):
     """
 
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.time_embed = None if config.baked else TimeEmbedding(config.dim)
         self.time_embed_mixer = (
             TimeEmbedMixer(config.dim, config.mixer_diagonal)

@@ -21,9 +21,13 @@ from imf_kernels.rows import Rows
 class Estimator(nn.Module):
     """Velocity `v(x, t)` of a flow-matching teacher, or mean velocity `u(x, t, r)` of a student."""
 
-    config: Any
     checkpoint_activations = False
     """Whether training recomputes the blocks' activations instead of keeping them."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.register_state_dict_post_hook(_with_storage_of_its_own)
 
     # -- a family's own -------------------------------------------------------------------------
 
@@ -119,6 +123,17 @@ class Estimator(nn.Module):
         x = x.masked_fill(outside[:batch], 0.0).flatten(0, 1)
         v = self.velocity(x, conditions, modulation, rows, cond)
         return v.unflatten(0, outside.shape[:2]).masked_fill(outside, 0.0)
+
+
+def _with_storage_of_its_own(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any
+) -> None:
+    """Copies of the weights that are slices of a fused storage: whoever saves a state dict may take
+    such for one tensor under many names, and drop all but one. Parameters (`keep_vars`) stay."""
+    for name, value in state_dict.items():
+        ours = name.startswith(prefix) and type(value) is Tensor
+        if ours and value.untyped_storage().nbytes() > value.nbytes:
+            state_dict[name] = value.clone()
 
 
 def checked_lengths(lengths: Tensor | None, batch: Tensor) -> Tensor:

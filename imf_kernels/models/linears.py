@@ -90,10 +90,10 @@ def new(in_features: int, out_features: int, fp8: bool) -> nn.Module:
 class FusedLinears:
     """Some layers that read the same input, as one product.
 
-    Without gradients their parameters become (and stay) views of one storage: state dicts,
-    optimizers and in-place updates do not notice, and nothing is copied. With gradients they are
-    read there if they lie there already (`fuse`); elsewhere, and while a compiler traces, they are
-    concatenated, which autograd splits again.
+    Without gradients their parameters become (and stay) views of one storage: optimizers and
+    in-place updates do not notice, state dicts hold copies, nothing else is copied. With gradients
+    they are read there if they lie there already (`fuse`); elsewhere, and while a compiler traces,
+    they are concatenated, which autograd splits again.
     """
 
     def __init__(self) -> None:

@@ -216,6 +216,8 @@ def attention(
         checks.shape("chunk", chunk, rows.lengths.shape[0])
         checks.dtype("chunk", chunk, torch.int64, torch.int32)
         checks.same_device("chunk", chunk, qkv.device)
+        if checks.readable(chunk) and chunk.numel() and int(chunk.min()) < 1:
+            raise ValueError(f"chunk: expected blocks of 1 frame or more, got {chunk.tolist()}")
         chunk = chunk.contiguous()
     scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else float(scale)
     if not (_has_path(qkv) and dispatch.use_kernel(qkv, aten=True)):

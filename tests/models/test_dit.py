@@ -96,6 +96,21 @@ def test_fused_storage_gives_the_same_gradients(variant):
         after.square().sum().backward()
 
 
+def test_fused_weights_are_saved_whole(variant, tmp_path):
+    model, path = small_model(variant), tmp_path / "model.safetensors"
+    model.fuse_weights()
+    state = model.state_dict()
+    assert len({value.untyped_storage().data_ptr() for value in state.values()}) == len(state)
+    safetensors.torch.save_model(torch.nn.ModuleList([model]), path)
+    loaded = torch.nn.ModuleList([small_model(variant, seed=1)])
+    loaded[0].fuse_weights()
+    safetensors.torch.load_model(loaded, path)
+    for name, value in loaded[0].state_dict().items():
+        assert torch.equal(value, state[name]), name
+    kept = model.state_dict(keep_vars=True)
+    assert all(kept[name] is parameter for name, parameter in model.named_parameters())
+
+
 def test_packed_rows_give_the_same_gradients(variant):
     model = small_model(variant).student().train()
     given, x, (t, r) = conditions(model, [30, 22]), torch.randn(2, 30, 12), times(2)
