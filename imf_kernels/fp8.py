@@ -55,6 +55,8 @@ def quantize(model: DiT, frames: Sequence[int] | None = None) -> DiT:
 
     What stays in bfloat16 is said in a warning.
     """
+    if not isinstance(model, DiT):
+        raise TypeError(f"model: expected a DiT, got {type(model).__name__}")
     if frames is None:
         return model.fp8()
     device = model.proj_out.weight.device

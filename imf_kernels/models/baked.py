@@ -53,7 +53,10 @@ class Baked:
 
         Raises:
             ValueError: no grid, an invalid one, or grids of different NFE.
+            TypeError: not a DiT.
         """
+        if not isinstance(student, DiT):
+            raise TypeError(f"student: expected a DiT, got {type(student).__name__}")
         if isinstance(grids, str | Tensor) or not grids:
             raise ValueError(f"grids: expected a list of one grid or more, got {grids!r}")
         if student.config.baked:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from imf_kernels import grids, sampler
+from imf_kernels import fp8, grids, sampler
 from imf_kernels.graphs import GraphSampler, bake
-from imf_kernels.models import Baked
+from imf_kernels.models import Baked, CausalUNet, CausalUNetConfig
 from tests.models.tools import VARIANTS, conditions, relative_rms, small_model
 
 BUCKETS = [(2, 32)]
@@ -137,3 +137,12 @@ def test_errors(student, tmp_path):
     for name in ("plain.safetensors", "text"):
         with pytest.raises(ValueError, match=f"expected a saved baked model, got .*{name}"):
             Baked.load(tmp_path / name)
+
+
+def test_only_a_dit_is_baked_or_quantised():
+    config = CausalUNetConfig(dim=32, mid_blocks=1, depth=1, heads=2, head_dim=16, channels=12)
+    unet = CausalUNet(config)
+    with pytest.raises(TypeError, match="student: expected a DiT, got CausalUNet"):
+        bake(unet, ["uniform"], nfe=2)
+    with pytest.raises(TypeError, match="model: expected a DiT, got CausalUNet"):
+        fp8.quantize(unet)
