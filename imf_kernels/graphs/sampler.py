@@ -43,7 +43,7 @@ class GraphSampler:
     changed (`refresh`), everything after `close`.
 
     Args:
-        model: A module with `specs` (`models.DiT`) in eval mode, or `models.Baked`.
+        model: A module with `specs` and `channels` (`models.DiT`) in eval mode, or `models.Baked`.
         nfe: Evaluations per solve; a baked model knows its own.
         buckets: `(rows, frames)` each; `DEFAULT` is 42 of up to 8 rows and 3200 frames. Or
             `(rows, total, frames)` each, for a model that evaluates packed rows (`models.DiT`): up
@@ -216,7 +216,7 @@ class GraphSampler:
     ) -> list[int]:
         """Check a request; returns the frames of its rows' noise."""
         self._check_versions()
-        lengths = requests.check_noise(noise, self.model.config.channels)
+        lengths = requests.check_noise(noise, self.model.channels)
         given: dict[str, Any] = {"noise": noise, "guidance": guidance}
         if cond is not None:
             if not isinstance(noise, Tensor):
@@ -305,7 +305,7 @@ class GraphSampler:
             with torch.inference_mode(False), torch.no_grad():
                 station.programs["grid"] = self._build_grid(station)
         cond = engine.prepared(station, bucket).cond
-        state = TensorSpec(("rows", "frames", model.config.channels), torch.float32)
+        state = TensorSpec(("rows", "frames", model.channels), torch.float32)
         x = engine.buffer(station, "x", state, bucket)
         w = None
         if engine.guided:

@@ -132,7 +132,7 @@ class GraphTeacher(Teacher):
                 name = f"{name}.{nfe}"
             return engine.buffer(station, name, TensorSpec(dims, torch.float32), bucket)
 
-        state = ("rows", "frames", self.model.config.channels)
+        state = ("rows", "frames", self.model.channels)
         inputs = {
             "z": buffer("z", *state),
             "times": buffer("times", nfe + 1, "rows"),

@@ -65,6 +65,11 @@ class Estimator(nn.Module):
         """The dtype that the blocks compute in: the weights'."""
         return self.last.weight.dtype
 
+    @property
+    def channels(self) -> int:
+        """Mel channels C."""
+        return self.config.channels
+
     def student(self, diagonal: float = 1.0) -> Self:
         """A copy that also takes `r`, through a mixer `[D 0]`, D = `diagonal` times the identity.
 
@@ -108,7 +113,7 @@ class Estimator(nn.Module):
                 f"x: expected {cond.rows} rows, or half of it when guided, got {batch}"
             )
         frames = cond["rope" if "rope" in cond else "frames"].shape[0]
-        checks.shape("x", x, batch, frames, self.config.channels)
+        checks.shape("x", x, batch, frames, self.channels)
         branches, lengths, x = cond.rows // max(batch, 1), cond["lengths"], x.to(self.dtype)
         # selected, never multiplied by 0: beyond a row's length anything may stand, NaN included
         if "packed" in cond:

@@ -208,7 +208,7 @@ class Recorder(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
-        self.config = type("Config", (), {"channels": 3})
+        self.channels = 3
         self.asked = []
 
     def prepare(self, lengths, guided=False):
