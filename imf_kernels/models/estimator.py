@@ -93,6 +93,7 @@ class Estimator(nn.Module):
         Returns:
             `(R, N, C)` in the model's dtype, R = `cond.rows`; zero beyond each row's length.
         """
+        _check(cond)
         rows = x.shape[0]
         checks.shape("t", t, rows)
         checks.shape("r", r, rows)
@@ -107,6 +108,7 @@ class Estimator(nn.Module):
 
         `modulation` has one row for all, or `cond.rows`.
         """
+        _check(cond)
         batch = x.shape[0]
         if cond.rows not in (batch, 2 * batch):
             raise ValueError(
@@ -128,6 +130,11 @@ class Estimator(nn.Module):
         x = x.masked_fill(outside[:batch], 0.0).flatten(0, 1)
         v = self.velocity(x, conditions, modulation, rows, cond)
         return v.unflatten(0, outside.shape[:2]).masked_fill(outside, 0.0)
+
+
+def _check(cond: Any) -> None:
+    if not isinstance(cond, Conditioning):
+        raise TypeError(f"cond: expected what `prepare` returned, got {type(cond).__name__}")
 
 
 def _with_storage_of_its_own(

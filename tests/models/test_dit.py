@@ -428,6 +428,8 @@ def test_a_conditioning_of_other_rows_is_refused():
         model(torch.zeros(3, 9, 12), t, t, cond)
     with pytest.raises(ValueError, match="rows: expected half of the 4"):
         cond.conditional(1)
+    with pytest.raises(TypeError, match=r"cond: expected what .prepare. returned, got NoneType"):
+        model(torch.zeros(3, 9, 12), t, t, None)
 
 
 def test_public_sizes():
