@@ -241,6 +241,7 @@ TABLE = [
         "shape (2, 5)",
         "(5, 2)",
     ),
+    (lambda: batch(conditions={"lengths": times(5, 2)}), "conditions", "no `lengths`", "some"),
     (lambda: batch(loss_mask=torch.ones(2, 5)), "loss_mask", "torch.bool", "torch.float32"),
     # -- objective
     (lambda: objective(nfe=0), "nfe", "an integer >= 1", "0"),

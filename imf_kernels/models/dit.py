@@ -415,6 +415,8 @@ class DiT(Estimator):
             spks = _needed("spks", spks, {"text": text})
             checks.shape("mu", mu, rows, frames, channels)
             checks.shape("spks", spks, rows, channels)
+            for name, value in (("mu", mu), ("spks", spks)):
+                checks.floating(name, value)
             spks = spks[:, None].expand(rows, frames, channels)
             given = flat(torch.cat([prompt, mu, spks], dim=-1))
             conditions = self.input_embed.conditions(given)[None]

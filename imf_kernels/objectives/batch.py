@@ -19,7 +19,7 @@ class Batch:
     Attributes:
         x1: Data, normalised mels, float32 `(B, N, C)`; beyond a row's length anything finite.
         lengths: Frames per row, integer `(B,)`.
-        conditions: Further arguments of the model's `prepare`: prompt, text, mu, spks, ...
+        conditions: The arguments of the model's `prepare` other than `lengths`: prompt, text, ...
         loss_mask: Frames that count in the loss, bool `(B, N)`: the span to infill, the frames
             after the prompt. None: all valid frames.
     """
@@ -35,6 +35,8 @@ class Batch:
         checks.lengths("lengths", self.lengths, rows, frames)
         checks.same_device("lengths", self.lengths, self.x1.device)
         checks.same_device("loss_mask", self.loss_mask, self.x1.device)
+        if "lengths" in self.conditions:
+            raise ValueError("conditions: expected no `lengths` beside the batch's own, got some")
         if self.loss_mask is not None:
             checks.shape("loss_mask", self.loss_mask, rows, frames)
             checks.dtype("loss_mask", self.loss_mask, torch.bool)

@@ -412,6 +412,7 @@ def wrong_prepares():
     yield f5, texts | {"packed": True, "upstream_padding": True}, "packed: expected False"
     yield cosyvoice3, mus | {"mu": mus["mu"][:, :4]}, "mu: expected shape"
     yield cosyvoice3, mus | {"spks": mus["mu"]}, "spks: expected shape"
+    yield cosyvoice3, mus | {"mu": mus["mu"].long()}, "mu: expected torch.float32"
 
 
 @pytest.mark.parametrize(("model", "given", "message"), list(wrong_prepares()))
