@@ -1,4 +1,6 @@
-"""Velocity models, prepared once, evaluated many times: a DiT of three families, and a U-Net."""
+"""Velocity models, prepared once, evaluated many times: a DiT of three families, and a U-Net.
+
+Before CosyVoice's, the encoders of their tokens."""
 
 from imf_kernels.models.baked import Baked
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
@@ -7,6 +9,7 @@ from imf_kernels.models.cosyvoice2 import CausalUNet
 from imf_kernels.models.dit import DiT
 from imf_kernels.models.step_tables import Modulation, StepTables
 from imf_kernels.models.time_embedding import TimeEmbedding, TimeEmbedMixer
+from imf_kernels.models.token_encoder import EncoderStream, TokenEncoder
 
 __all__ = [
     "Baked",
@@ -15,10 +18,12 @@ __all__ = [
     "Conditioning",
     "DiT",
     "DiTConfig",
+    "EncoderStream",
     "Modulation",
     "StepTables",
     "TensorSpec",
     "TextConfig",
     "TimeEmbedMixer",
     "TimeEmbedding",
+    "TokenEncoder",
 ]
