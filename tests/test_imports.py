@@ -33,7 +33,7 @@ FLOORS = {
 }
 ALWAYS_ALLOWED = {"torch", "imf_kernels", *sys.stdlib_module_names}
 ALLOWED = {"ops": {"triton"}}
-LAZY = {"rich", "matplotlib", "safetensors"}
+LAZY = {"huggingface_hub", "matplotlib", "rich", "safetensors"}
 """May be imported inside a function only."""
 
 

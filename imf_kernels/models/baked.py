@@ -6,14 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from imf_kernels import grids as time_grids
 from imf_kernels.files import replacing
-from imf_kernels.models.config import DiTConfig, TextConfig
+from imf_kernels.models.config import DiTConfig
 from imf_kernels.models.dit import DiT
 from imf_kernels.models.step_tables import StepTables
 from imf_kernels.version import __version__
@@ -136,7 +135,7 @@ class Baked:
                 metadata = file.metadata() or {}
                 _expect(metadata)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            model = DiT(_config(json.loads(metadata["config"])))
+            model = DiT(DiTConfig.from_dict(json.loads(metadata["config"])))
             weights = {
                 name.removeprefix("model."): tensor
                 for name, tensor in tensors.items()
@@ -160,8 +159,3 @@ def _expect(metadata: Mapping[str, str]) -> None:
     for name, wanted in (("kind", KIND), ("format", str(FORMAT))):
         if metadata.get(name) != wanted:
             raise ValueError(f"{name}: expected {wanted!r}, got {metadata.get(name)!r}")
-
-
-def _config(saved: dict[str, Any]) -> DiTConfig:
-    text = saved.pop("text")
-    return DiTConfig(text=None if text is None else TextConfig(**text), **saved)

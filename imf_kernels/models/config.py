@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from imf_kernels import checks
+from imf_kernels.models import state_dicts
 
 VARIANTS = ("f5_v0", "f5_v1", "cosyvoice3")
 FP8_LAYERS = ("qkv", "out", "ff")
@@ -99,6 +101,50 @@ class DiTConfig:
             switches = {"text": replace(text, mask_padding=True), "rope_heads": None}
         return DiTConfig(**(switches | sizes))
 
+    @staticmethod
+    def from_shapes(
+        shapes: state_dicts.Shapes,
+        variant: str,
+        *,
+        heads: int | None = None,
+        mixer: bool | None = None,
+    ) -> DiTConfig:
+        """The sizes of a client's state dict; see `DiT.from_state_dict`."""
+        dim, _ = state_dicts.shape(shapes, "time_embed.time_mlp.2.weight", 2)
+        inner, _ = state_dicts.shape(shapes, "transformer_blocks.0.attn.to_q.weight", 2)
+        _, wide = state_dicts.shape(shapes, "transformer_blocks.0.ff.ff.2.weight", 2)
+        channels, _ = state_dicts.shape(shapes, "proj_out.weight", 2)
+        text = None
+        if "text_embed.text_embed.weight" in shapes:
+            vocab, text_dim = state_dicts.shape(shapes, "text_embed.text_embed.weight", 2)
+            layers = state_dicts.count(shapes, "text_embed.text_blocks.")
+            text = TextConfig(vocab=vocab - 1, dim=text_dim, layers=layers)
+        heads = heads if heads is not None else max(inner // 64, 1)
+        return DiTConfig.for_variant(
+            variant,
+            text=text,
+            dim=dim,
+            depth=state_dicts.count(shapes, "transformer_blocks."),
+            heads=heads,
+            head_dim=inner // heads,
+            ff_mult=wide // dim,
+            channels=channels,
+            qk_norm="transformer_blocks.0.attn.q_norm.weight" in shapes,
+            long_skip="long_skip_connection.weight" in shapes,
+            mixer=state_dicts.MIXER in shapes if mixer is None else mixer,
+        )
+
+    @staticmethod
+    def from_dict(saved: Mapping[str, Any]) -> DiTConfig:
+        """What `asdict` has made of a config, also by way of JSON."""
+        text = saved["text"]
+        return DiTConfig(**{**saved, "text": None if text is None else TextConfig(**text)})
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of all kinds."""
+        return self.depth + (0 if self.text is None else self.text.layers)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CausalUNetConfig:
@@ -130,3 +176,31 @@ class CausalUNetConfig:
             checks.positive_int(name, getattr(self, name))
         checks.positive_int("channels", self.channels)
         checks.positive_int("chunk", self.chunk)
+
+    @staticmethod
+    def from_shapes(
+        shapes: state_dicts.Shapes, *, heads: int | None = None, mixer: bool | None = None
+    ) -> CausalUNetConfig:
+        """The sizes of a client's state dict; see `CausalUNet.from_state_dict`."""
+        blocks = "down_blocks.0.1."
+        time_dim, _ = state_dicts.shape(shapes, "time_mlp.linear_1.weight", 2)
+        channels, dim, _ = state_dicts.shape(shapes, "final_proj.weight", 3)
+        inner, _ = state_dicts.shape(shapes, f"{blocks}0.attn1.to_q.weight", 2)
+        _, wide = state_dicts.shape(shapes, f"{blocks}0.ff.net.2.weight", 2)
+        heads = heads if heads is not None else max(inner // 64, 1)
+        return CausalUNetConfig(
+            dim=dim,
+            mid_blocks=state_dicts.count(shapes, "mid_blocks."),
+            depth=state_dicts.count(shapes, blocks),
+            heads=heads,
+            head_dim=inner // heads,
+            ff_mult=wide // dim,
+            time_dim=time_dim,
+            channels=channels,
+            mixer=state_dicts.MIXER in shapes if mixer is None else mixer,
+        )
+
+    @property
+    def blocks(self) -> int:
+        """Transformer blocks."""
+        return (self.mid_blocks + 2) * self.depth

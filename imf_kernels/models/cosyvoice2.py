@@ -36,6 +36,8 @@ class CausalUNet(Estimator):
     stage's activations instead of keeping them.
     """
 
+    root = "time_mlp.linear_1.weight"
+
     def __init__(self, config: CausalUNetConfig) -> None:
         super().__init__(config)
         dim, inputs = config.dim, 4 * config.channels
@@ -68,28 +70,13 @@ class CausalUNet(Estimator):
                 Asked for and missing, it is the identity.
 
         Raises:
-            ValueError: a key that sizes are read from is missing.
-            RuntimeError: keys or shapes that do not fit (a strict load).
+            ValueError: missing and unexpected keys (the load is strict); a key with another shape
+                than expected, no floating dtype, or weights that are not finite.
         """
-        state_dict = state_dicts.without_prefix(state_dict, _ROOT, _SIZED)
-        shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-        channels, dim, _ = shapes["final_proj.weight"]
-        inner = shapes[f"{_TRANSFORMERS}0.attn1.to_q.weight"][0]
-        heads = heads if heads is not None else max(inner // 64, 1)
-        config = CausalUNetConfig(
-            dim=dim,
-            mid_blocks=state_dicts.count(shapes, "mid_blocks."),
-            depth=state_dicts.count(shapes, _TRANSFORMERS),
-            heads=heads,
-            head_dim=inner // heads,
-            ff_mult=shapes[f"{_TRANSFORMERS}0.ff.net.2.weight"][1] // dim,
-            time_dim=shapes[_ROOT][0],
-            channels=channels,
-            mixer="time_embed_mixer.weight" in shapes if mixer is None else mixer,
-        )
-        model = cls(config)
-        model.load_state_dict(state_dict)
-        return model
+        own = state_dicts.without_prefix(state_dict, cls.root)
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        config = CausalUNetConfig.from_shapes(shapes, heads=heads, mixer=mixer)
+        return state_dicts.load(cls, config, own)
 
     @property
     def last(self) -> Any:
@@ -259,14 +246,3 @@ class CausalUNet(Estimator):
         """What makes each ResNet block's shift of the time embedding, in order."""
         mid: Any = self.mid_blocks
         return [stage.resnet.mlp[1] for stage in (self._down, *mid, self._up)]
-
-
-_ROOT = "time_mlp.linear_1.weight"
-_TRANSFORMERS = "down_blocks.0.1."
-_SIZED = (
-    _ROOT,
-    f"{_TRANSFORMERS}0.attn1.to_q.weight",
-    f"{_TRANSFORMERS}0.ff.net.2.weight",
-    "mid_blocks.0.0.res_conv.weight",
-    "final_proj.weight",
-)

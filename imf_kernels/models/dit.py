@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from imf_kernels import checks, masks
 from imf_kernels.models import linears, state_dicts
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
-from imf_kernels.models.config import FP8_LAYERS, DiTConfig, TextConfig
+from imf_kernels.models.config import FP8_LAYERS, DiTConfig
 from imf_kernels.models.estimator import Estimator, checked_lengths, packed_rows
 from imf_kernels.models.linears import Fp8Linear, FusedLinears
 from imf_kernels.models.positions import (
@@ -187,6 +187,8 @@ class DiT(Estimator):
     Build it from a `DiTConfig`, or from a client's state dict with `DiT.from_state_dict`.
     """
 
+    root = "time_embed.time_mlp.2.weight"
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
         self.time_embed = None if config.baked else TimeEmbedding(config.dim)
@@ -239,35 +241,13 @@ class DiT(Estimator):
                 Asked for and missing, it is the identity.
 
         Raises:
-            ValueError: unknown variant, or a key that sizes are read from is missing.
-            RuntimeError: keys or shapes that do not fit (a strict load).
+            ValueError: unknown variant; missing and unexpected keys (the load is strict); a key
+                with another shape than expected, no floating dtype, or weights that are not finite.
         """
-        state_dict = state_dicts.without_prefix(state_dict, _ROOT, _SIZED)
-        shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-        dim = shapes["time_embed.time_mlp.2.weight"][0]
-        inner = shapes["transformer_blocks.0.attn.to_q.weight"][0]
-        text = None
-        if "text_embed.text_embed.weight" in shapes:
-            vocab, text_dim = shapes["text_embed.text_embed.weight"]
-            layers = state_dicts.count(shapes, "text_embed.text_blocks.")
-            text = TextConfig(vocab=vocab - 1, dim=text_dim, layers=layers)
-        heads = heads if heads is not None else max(inner // 64, 1)
-        config = DiTConfig.for_variant(
-            variant,
-            text=text,
-            dim=dim,
-            depth=state_dicts.count(shapes, "transformer_blocks."),
-            heads=heads,
-            head_dim=inner // heads,
-            ff_mult=shapes["transformer_blocks.0.ff.ff.2.weight"][1] // dim,
-            channels=shapes["proj_out.weight"][0],
-            qk_norm="transformer_blocks.0.attn.q_norm.weight" in shapes,
-            long_skip="long_skip_connection.weight" in shapes,
-            mixer="time_embed_mixer.weight" in shapes if mixer is None else mixer,
-        )
-        model = cls(config)
-        model.load_state_dict(state_dict)
-        return model
+        own = state_dicts.without_prefix(state_dict, cls.root)
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        config = DiTConfig.from_shapes(shapes, variant, heads=heads, mixer=mixer)
+        return state_dicts.load(cls, config, own)
 
     def student(self, diagonal: float = 1.0) -> DiT:
         """See `Estimator`.
@@ -535,15 +515,6 @@ class DiT(Estimator):
 
     def _adaln_linears(self) -> list[nn.Linear]:
         return [module.linear for module in self.modules() if isinstance(module, AdaLN)]
-
-
-_ROOT = "time_embed.time_mlp.2.weight"
-_SIZED = (
-    _ROOT,
-    "transformer_blocks.0.attn.to_q.weight",
-    "transformer_blocks.0.ff.ff.2.weight",
-    "proj_out.weight",
-)
 
 
 def _needed(name: str, value: Tensor | None, others: Mapping[str, Tensor | None]) -> Tensor:

@@ -7,7 +7,7 @@ frames; here a batch becomes frames, padded or packed, and frames become a batch
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from imf_kernels.rows import Rows
 
 class Estimator(nn.Module):
     """Velocity `v(x, t)` of a flow-matching teacher, or mean velocity `u(x, t, r)` of a student."""
+
+    root: ClassVar[str]
+    """A key of every client's state dict, after a prefix of the client's."""
 
     checkpoint_activations = False
     """Whether training recomputes the blocks' activations instead of keeping them."""

@@ -1,0 +1,83 @@
+"""Models from the clients' own checkpoint files."""
+
+from __future__ import annotations
+
+import os
+
+from imf_kernels.models import checkpoints, state_dicts
+from imf_kernels.models.cosyvoice2 import CausalUNet
+from imf_kernels.models.dit import DiT
+
+Name = str | os.PathLike[str]
+
+
+def load_f5(path: Name, variant: str | None = None, *, ema: bool = True) -> DiT:
+    """F5-TTS's DiT, float32 on the CPU; with the mixer, if the file has one.
+
+    Args:
+        path: What F5-TTS publishes (`.safetensors`, or `.pt` with `ema_model_state_dict`), what its
+            `Trainer` writes, or the bare network; see `checkpoints.read`.
+        variant: "f5_v0" (F5TTS_Base, F5TTS_Small) or "f5_v1" (F5TTS_v1_Base, F5TTS_v1_Small). Their
+            files are alike to the last key, so nothing but the caller can tell them apart.
+        ema: The averaged weights of a training file, or those that were trained.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the file, and the key with its expected and given
+            shape; no variant.
+    """
+    if variant not in ("f5_v0", "f5_v1"):
+        raise ValueError(
+            f"variant: expected 'f5_v0' or 'f5_v1' (the file does not tell which), got {variant!r}"
+        )
+    weights = checkpoints.read(path, ema=ema)
+    with checkpoints.naming(path):
+        ahead = state_dicts.prefix(weights, DiT.root)
+        if ahead.startswith("ema_model.") and not ema:
+            raise ValueError("ema: expected True for a file of averaged weights, got False")
+        others = [name for name in weights if not (name.startswith(ahead) or _beside(name))]
+        if others:
+            raise ValueError(
+                f"state_dict: expected keys of F5-TTS, got {state_dicts.few(others)} others"
+            )
+        return DiT.from_state_dict(weights, variant)
+
+
+def load_cosyvoice2(path: Name) -> CausalUNet:
+    """CosyVoice2's estimator, float32 on the CPU; with the mixer, if the file has one.
+
+    Args:
+        path: CosyVoice2's `flow.pt` (whose encoder and other parts are not read here), or the bare
+            estimator; see `checkpoints.read`. Also `s3gen_meanflow.safetensors` of Chatterbox
+            Turbo, whose estimator is the same network with a mixer of `[e_t, e_r]` in this order,
+            in the same time from noise 0 to data 1: a student, published for 2 steps of the
+            "uniform" grid without guidance and without streaming.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the file, and the key with its expected and given
+            shape.
+    """
+    weights = checkpoints.read(path)
+    with checkpoints.naming(path):
+        return CausalUNet.from_state_dict(weights)
+
+
+def load_cosyvoice3(path: Name) -> DiT:
+    """CosyVoice3's estimator, float32 on the CPU; with the mixer, if the file has one.
+
+    Args:
+        path: CosyVoice3's `flow.pt` (whose encoder and other parts are not read here), or the bare
+            estimator; see `checkpoints.read`.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the file, and the key with its expected and given
+            shape.
+    """
+    weights = checkpoints.read(path)
+    with checkpoints.naming(path):
+        return DiT.from_state_dict(weights, "cosyvoice3")
+
+
+def _beside(name: str) -> bool:
+    """What F5-TTS's files hold beside the network: counters of the average, the mel transform, and
+    in old ones the weights before averaging."""
+    return name in ("initted", "step") or "mel_spec.mel_stft." in name or name.startswith("online_")

@@ -1,0 +1,183 @@
+"""A student as two files: one that the client's own code loads, and beside it what only we know.
+
+The clients load strictly, so the first has the teacher's keys and no other. The second, a small
+safetensors, holds the mixer and says what the student is. It names the weights that it belongs to,
+so that half of a pair that was not written whole, or has been overwritten, is noticed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from imf_kernels import grids
+from imf_kernels.models import checkpoints, state_dicts
+from imf_kernels.models.config import CausalUNetConfig, DiTConfig
+from imf_kernels.models.cosyvoice2 import CausalUNet
+from imf_kernels.models.dit import DiT
+from imf_kernels.models.state_dicts import MIXER
+from imf_kernels.version import __version__
+
+SUFFIX = ".student.safetensors"
+FORMAT = "1"
+KINDS: dict[str, tuple[Any, Any]] = {
+    "dit": (DiT, DiTConfig.from_dict),
+    "causal_unet": (CausalUNet, lambda saved: CausalUNetConfig(**saved)),
+}
+
+
+class Student(NamedTuple):
+    """A saved student.
+
+    `model` is in eval mode; `grid`, float32 `(nfe + 1,)` on the CPU, is the one that it is to be
+    sampled on, `guidance` the w that was distilled into it; None where none was given.
+    """
+
+    model: DiT | CausalUNet
+    grid: Tensor | None
+    guidance: float | None
+
+
+def save_student(
+    student: DiT | CausalUNet,
+    path: str | os.PathLike[str],
+    *,
+    like: str | os.PathLike[str] | None = None,
+    grid: str | Tensor | Sequence[float] | None = None,
+    nfe: int | None = None,
+    guidance: float | None = None,
+) -> None:
+    """Write `path`, in the teacher's shape, and `<path without suffix>.student.safetensors`.
+
+    Weights keep their dtype. Each file is written atomically, and `load_student` refuses a pair of
+    which only one was.
+
+    Args:
+        path: A `.pt` or `.safetensors` file.
+        like: The teacher's checkpoint: `path` gets all of its weights, the estimator's replaced by
+            the student's, which is what CosyVoice loads. None: the estimator alone, under its
+            client's prefix, which is what F5-TTS loads.
+        grid, nfe: The grid to sample on: times, or a name with `nfe`.
+        guidance: w of the teacher that was distilled.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: a model that is baked, in FP8, without mixer or of
+            several dtypes; a `like` of another shape; naming the argument or the file.
+    """
+    _expect_student(student)
+    checkpoints.format_of(Path(path))
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"guidance: expected a finite number, got {guidance!r}")
+    if grid is None and nfe is not None:
+        raise ValueError(f"nfe: expected None without a grid, got {nfe}")
+    times = None if grid is None else grids.make(grid, nfe).tolist()
+
+    own = {name: value.detach().cpu() for name, value in student.state_dict().items()}
+    f5 = isinstance(student, DiT) and student.config.text is not None
+    if like is not None:
+        weights = _in_place(own, student.root, like)
+    else:
+        ahead = "ema_model.transformer." if f5 else "decoder.estimator."
+        weights = {ahead + name: value for name, value in own.items() if name != MIXER}
+    metadata = {
+        "format": FORMAT,
+        "kind": next(
+            kind for kind, (model_type, _) in KINDS.items() if type(student) is model_type
+        ),
+        "config": json.dumps(asdict(student.config)),
+        "grid": json.dumps(times),
+        "guidance": json.dumps(guidance),
+        "estimator": _fingerprint(own),
+        "imf_kernels": __version__,
+        "torch": torch.__version__,
+    }
+    checkpoints.write(_beside(path), {MIXER: own[MIXER]}, metadata=metadata)
+    checkpoints.write(path, weights, within=checkpoints.EMA if f5 else None)
+
+
+def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Student:
+    """Read what `save_student` wrote; `path` is the teacher-shaped file, on disk or on the hub.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the file; also a pair that does not belong together.
+    """
+    weights, side = checkpoints.read(path), _beside(path)
+    said, mixer = checkpoints.metadata(side), checkpoints.read(side)
+    with checkpoints.naming(side):
+        if (said.get("format"), said.get("kind") in KINDS) != (FORMAT, True):
+            raise ValueError(
+                f"format, kind: expected {FORMAT!r} and one of {', '.join(KINDS)}, "
+                f"got {said.get('format')!r} and {said.get('kind')!r}"
+            )
+        model_type, config_of = KINDS[said["kind"]]
+        config = config_of(json.loads(said["config"]))
+        grid, guidance = json.loads(said["grid"]), json.loads(said["guidance"])
+        grid = None if grid is None else grids.validate(grid)
+        guidance = None if guidance is None else float(guidance)
+        if list(mixer) != [MIXER]:
+            raise ValueError(f"expected the key {MIXER!r} alone, got {state_dicts.few(mixer)} keys")
+    with checkpoints.naming(path):
+        own = state_dicts.without_prefix(weights, model_type.root) | mixer
+        found = _fingerprint(own)
+        if found != said["estimator"]:
+            raise ValueError(
+                f"expected the weights that {side} was saved with (SHA-256 {said['estimator']}), "
+                f"got others ({found})"
+            )
+        model = state_dicts.load(model_type, config, own, own[model_type.root].dtype)
+    return Student(model.to(device).eval(), grid, guidance)
+
+
+def _beside(path: str | os.PathLike[str]) -> str:
+    return os.path.splitext(os.fspath(path))[0] + SUFFIX
+
+
+def _expect_student(student: Any) -> None:
+    if type(student) not in (DiT, CausalUNet):
+        raise TypeError(f"student: expected a DiT or a CausalUNet, got {type(student).__name__}")
+    config = student.config
+    for name in ("baked", "fp8"):
+        if getattr(config, name, False):
+            raise ValueError(f"student: expected a trainable model, got one with {name}")
+    if not config.mixer:
+        raise ValueError("student: expected a model with a mixer (`model.student()`), got none")
+    with torch.device("meta"):
+        expected = type(student)(config).state_dict()
+    state_dicts.check(expected, student.state_dict())  # no adapters in the place of layers
+    dtypes = {weight.dtype for weight in student.parameters()}
+    if len(dtypes) > 1:
+        raise ValueError(f"student: expected weights of one dtype, got {dtypes}")
+
+
+def _in_place(
+    own: Mapping[str, Tensor], root: str, like: str | os.PathLike[str]
+) -> dict[str, Tensor]:
+    """The weights of `like`, as copies, with an estimator's own in their place."""
+    weights = checkpoints.read(like)
+    with checkpoints.naming(like):
+        ahead = state_dicts.prefix(weights, root)
+        theirs = state_dicts.without_prefix(weights, root)
+        state_dicts.check(own, theirs)
+    replaced = {ahead + name: own[name] for name in theirs}
+    kept = {name: value.clone() for name, value in weights.items() if name not in replaced}
+    return {name: replaced[name] if name in replaced else kept[name] for name in weights}
+
+
+def _fingerprint(own: Mapping[str, Tensor]) -> str:
+    """SHA-256 of an estimator's names, dtypes, shapes and bytes, without the mixer."""
+    digest = hashlib.sha256()
+    for name in sorted(own.keys() - {MIXER}):
+        value = own[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update((ctypes.c_char * value.nbytes).from_address(value.data_ptr()))
+    return digest.hexdigest()
