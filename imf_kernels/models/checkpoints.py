@@ -116,7 +116,7 @@ def naming(path: object) -> Iterator[None]:
     """Whatever is wrong with what a file holds becomes a ValueError that names the file."""
     try:
         yield
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -179,7 +179,7 @@ def _weights(held: Any, ema: bool) -> dict[Any, Any]:
         wanted = EMA if ema else MODEL
         if not isinstance(held.get(wanted), dict):
             raise ValueError(f"{wanted}: expected a dict with ema={ema}, got {states}")
-        held = held[wanted]
+        held = {k: v for k, v in held[wanted].items() if not str(k).startswith("online_model.")}
     plain = (int, float, str, type(None))
     return {name: value for name, value in held.items() if not isinstance(value, plain)}
 

@@ -78,6 +78,5 @@ def load_cosyvoice3(path: Name) -> DiT:
 
 
 def _beside(name: str) -> bool:
-    """What F5-TTS's files hold beside the network: counters of the average, the mel transform, and
-    in old ones the weights before averaging."""
-    return name in ("initted", "step") or "mel_spec.mel_stft." in name or name.startswith("online_")
+    """What F5-TTS's files hold beside the network: counters, and in old ones the mel transform."""
+    return name in ("initted", "step") or "mel_spec.mel_stft." in name

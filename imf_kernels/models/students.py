@@ -74,7 +74,7 @@ def save_student(
         ValueError, TypeError, FileNotFoundError: a model that is baked, in FP8, without mixer or of
             several dtypes; a `like` of another shape; naming the argument or the file.
     """
-    _expect_student(student)
+    own = _weights(student)
     checkpoints.format_of(Path(path))
     if guidance is not None and not math.isfinite(guidance):
         raise ValueError(f"guidance: expected a finite number, got {guidance!r}")
@@ -82,7 +82,6 @@ def save_student(
         raise ValueError(f"nfe: expected None without a grid, got {nfe}")
     times = None if grid is None else grids.make(grid, nfe).tolist()
 
-    own = {name: value.detach().cpu() for name, value in student.state_dict().items()}
     f5 = isinstance(student, DiT) and student.config.text is not None
     if like is not None:
         weights = _in_place(own, student.root, like)
@@ -91,9 +90,7 @@ def save_student(
         weights = {ahead + name: value for name, value in own.items() if name != MIXER}
     metadata = {
         "format": FORMAT,
-        "kind": next(
-            kind for kind, (model_type, _) in KINDS.items() if type(student) is model_type
-        ),
+        "kind": "dit" if isinstance(student, DiT) else "causal_unet",
         "config": json.dumps(asdict(student.config)),
         "grid": json.dumps(times),
         "guidance": json.dumps(guidance),
@@ -142,7 +139,8 @@ def _beside(path: str | os.PathLike[str]) -> str:
     return os.path.splitext(os.fspath(path))[0] + SUFFIX
 
 
-def _expect_student(student: Any) -> None:
+def _weights(student: Any) -> dict[str, Tensor]:
+    """A student's weights on the CPU, if it is one that can be saved."""
     if type(student) not in (DiT, CausalUNet):
         raise TypeError(f"student: expected a DiT or a CausalUNet, got {type(student).__name__}")
     config = student.config
@@ -151,12 +149,14 @@ def _expect_student(student: Any) -> None:
             raise ValueError(f"student: expected a trainable model, got one with {name}")
     if not config.mixer:
         raise ValueError("student: expected a model with a mixer (`model.student()`), got none")
-    with torch.device("meta"):
-        expected = type(student)(config).state_dict()
-    state_dicts.check(expected, student.state_dict())  # no adapters in the place of layers
     dtypes = {weight.dtype for weight in student.parameters()}
     if len(dtypes) > 1:
         raise ValueError(f"student: expected weights of one dtype, got {dtypes}")
+    own = {name: value.detach().cpu() for name, value in student.state_dict().items()}
+    with torch.device("meta"):
+        expected = type(student)(config).state_dict()
+    state_dicts.check(expected, own)  # no adapters in the place of layers
+    return own
 
 
 def _in_place(
