@@ -110,13 +110,14 @@ class DiTConfig:
         mixer: bool | None = None,
     ) -> DiTConfig:
         """The sizes of a client's state dict; see `DiT.from_state_dict`."""
+        checks.choice("variant", variant, VARIANTS)
         dim, _ = state_dicts.shape(shapes, "time_embed.time_mlp.2.weight", 2)
         inner, _ = state_dicts.shape(shapes, "transformer_blocks.0.attn.to_q.weight", 2)
         _, wide = state_dicts.shape(shapes, "transformer_blocks.0.ff.ff.2.weight", 2)
         channels, _ = state_dicts.shape(shapes, "proj_out.weight", 2)
-        text = None
-        if "text_embed.text_embed.weight" in shapes:
-            vocab, text_dim = state_dicts.shape(shapes, "text_embed.text_embed.weight", 2)
+        text, ids = None, "text_embed.text_embed.weight"
+        if variant != "cosyvoice3" or ids in shapes:
+            vocab, text_dim = state_dicts.shape(shapes, ids, 2)
             layers = state_dicts.count(shapes, "text_embed.text_blocks.")
             text = TextConfig(vocab=vocab - 1, dim=text_dim, layers=layers)
         heads = heads if heads is not None else max(inner // 64, 1)

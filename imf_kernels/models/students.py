@@ -76,8 +76,7 @@ def save_student(
     """
     own = _weights(student)
     checkpoints.format_of(Path(path))
-    if guidance is not None and not math.isfinite(guidance):
-        raise ValueError(f"guidance: expected a finite number, got {guidance!r}")
+    guidance = _finite("guidance", guidance)
     if grid is None and nfe is not None:
         raise ValueError(f"nfe: expected None without a grid, got {nfe}")
     times = None if grid is None else grids.make(grid, nfe).tolist()
@@ -120,7 +119,7 @@ def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu
         config = config_of(json.loads(said["config"]))
         grid, guidance = json.loads(said["grid"]), json.loads(said["guidance"])
         grid = None if grid is None else grids.validate(grid)
-        guidance = None if guidance is None else float(guidance)
+        guidance = _finite("guidance", guidance)
         if list(mixer) != [MIXER]:
             raise ValueError(f"expected the key {MIXER!r} alone, got {state_dicts.few(mixer)} keys")
     with checkpoints.naming(path):
@@ -133,6 +132,12 @@ def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu
             )
         model = state_dicts.load(model_type, config, own, own[model_type.root].dtype)
     return Student(model.to(device).eval(), grid, guidance)
+
+
+def _finite(name: str, value: Any) -> float | None:
+    if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+        raise ValueError(f"{name}: expected a finite number or None, got {value!r}")
+    return value
 
 
 def _beside(path: str | os.PathLike[str]) -> str:

@@ -1,5 +1,6 @@
 """The clients' checkpoint files: read into our models, written as students, refused when wrong."""
 
+import itertools
 import os
 import pickle
 import re
@@ -205,9 +206,9 @@ def test_chatterbox_turbo_means_what_we_mean(tmp_path):
             return F.linear(torch.cat(both, dim=1), self.weights["time_embed_mixer.weight"])
 
     theirs, ones = Theirs(weights, heads=1), torch.ones(1, 1, 9)
-    noise, mu, cond, spks = torch.randn(3, 1, 12, 9).unbind() + (torch.randn(1, 12),)
-    x, span = noise, torch.linspace(0, 1, 3)
-    for t, r in zip(span[:-1], span[1:], strict=True):
+    (noise, mu, cond), spks = torch.randn(3, 1, 12, 9), torch.randn(1, 12)
+    x = noise
+    for t, r in itertools.pairwise(torch.linspace(0, 1, 3)):
         theirs.r = r[None]
         x = x + (r - t) * theirs(x, ones, t[None], mu, spks, cond)
 
@@ -244,7 +245,7 @@ def test_files_of_the_hub(hub):
     same(load_f5("hf://owner/repo/folder/model.safetensors", "f5_v1"), model)
     save_student(listening(model), hub / "student.pt", guidance=2.0)
     assert load_student("hf://owner/repo/folder/student.pt").guidance == 2.0
-    with pytest.raises(FileNotFoundError, match="hf://owner/repo/other.pt: 404"):
+    with pytest.raises(FileNotFoundError, match=r"hf://owner/repo/other\.pt: 404"):
         load_f5("hf://owner/repo/other.pt", "f5_v1")
     with pytest.raises(ValueError, match="expected 'hf://owner/repo/folder/file', got 'hf://model"):
         load_f5("hf://model.pt", "f5_v1")
@@ -354,7 +355,7 @@ def test_a_crash_between_the_two_files_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "write", crashing)
     with pytest.raises(OSError, match="no space"):
         save_student(listening(dit(seed=1)), path)
-    with pytest.raises(ValueError, match="does not|others"):
+    with pytest.raises(ValueError, match=r"student\.pt: expected the weights .* others"):
         load_student(path)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -386,8 +387,8 @@ def wrong_students():
     yield Baked.of(student, ["uniform"], 2), {}, "student: expected a DiT .* Baked"
     yield mixed, {}, "student: expected weights of one dtype"
     yield adapted, {}, "missing 2 .*proj_out.*unexpected 2"
-    yield broad, {}, "student: .*|expected shape"
-    yield student, {"guidance": float("nan")}, "guidance: expected a finite number, got nan"
+    yield broad, {}, "teacher.pt: .*expected shape"
+    yield student, {"guidance": float("nan")}, "guidance: expected a finite number or None, got nan"
     yield student, {"nfe": 2}, "nfe: expected None without a grid, got 2"
     yield student, {"grid": [0.0, 2.0]}, "grid: expected times from 0 to 1"
     yield student, {"path": "student.bin"}, "path: expected a file .pt or .safetensors"
@@ -456,8 +457,8 @@ def wrong_files():
     def saved(held):
         return lambda path: torch.save(held, path)
 
-    def changed(**values):
-        return saved({"ema_model_state_dict": state | {key: value for value in values.values()}})
+    def changed(value):
+        return saved({"ema_model_state_dict": state | {key: value}})
 
     yield "empty.pt", lambda path: path.touch(), "BadZipFile"
     yield "empty.safetensors", lambda path: path.touch(), "whole safetensors"
@@ -487,15 +488,15 @@ def wrong_files():
     yield "none.pt", saved({}), "expected the key 'time_embed.time_mlp.2.weight'"
     yield "two.pt", saved(state | under("a.", dit())), "got 2 .* such keys"
     yield "surplus.pt", saved(state | {"ema_model.lora": torch.ones(1)}), r"1 \(ema_model.lora\)"
-    yield "wide.pt", changed(a=torch.ones(12, 17)), r"proj_out.weight.*\(12, 16\).*\(12, 17\)"
-    yield "flat.pt", changed(a=torch.ones(12)), r"proj_out.weight: expected 2 dim.*\(12,\)"
-    yield "nothing.pt", changed(a=torch.ones(0, 16)), r"proj_out.weight: .*none of them 0"
-    yield "integers.pt", changed(a=torch.ones(12, 16).int()), "proj_out.weight: .*torch.int32"
-    yield "complex.pt", changed(a=torch.ones(12, 16) * 1j), "proj_out.weight: .*torch.complex64"
-    yield "fp8.pt", changed(a=torch.ones(12, 16).to(torch.float8_e4m3fn)), "torch.float8_e4m3fn"
+    yield "wide.pt", changed(torch.ones(12, 17)), r"proj_out.weight.*\(12, 16\).*\(12, 17\)"
+    yield "flat.pt", changed(torch.ones(12)), r"proj_out.weight: expected 2 dim.*\(12,\)"
+    yield "nothing.pt", changed(torch.ones(0, 16)), r"proj_out.weight: .*none of them 0"
+    yield "integers.pt", changed(torch.ones(12, 16).int()), "proj_out.weight: .*torch.int32"
+    yield "complex.pt", changed(torch.ones(12, 16) * 1j), "proj_out.weight: .*torch.complex64"
+    yield "fp8.pt", changed(torch.ones(12, 16).to(torch.float8_e4m3fn)), "torch.float8_e4m3fn"
     yield (
         "nan.pt",
-        changed(a=torch.full((12, 16), torch.nan)),
+        changed(torch.full((12, 16), torch.nan)),
         "proj_out.weight: .*192 that are not",
     )
     yield "beyond.pt", lambda path: forged(path, {"a": View(16, (8, 8), (8, 1))}), "resize storage"
