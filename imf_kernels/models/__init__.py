@@ -4,7 +4,12 @@ Before CosyVoice's, the encoders of their tokens. Around all, the clients' check
 """
 
 from imf_kernels.models.baked import Baked
-from imf_kernels.models.clients import load_cosyvoice2, load_cosyvoice3, load_f5
+from imf_kernels.models.clients import (
+    load_cosyvoice2,
+    load_cosyvoice3,
+    load_f5,
+    load_token_encoder,
+)
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
 from imf_kernels.models.config import CausalUNetConfig, DiTConfig, TextConfig
 from imf_kernels.models.cosyvoice2 import CausalUNet
@@ -34,5 +39,6 @@ __all__ = [
     "load_cosyvoice3",
     "load_f5",
     "load_student",
+    "load_token_encoder",
     "save_student",
 ]

@@ -7,6 +7,7 @@ import os
 from imf_kernels.models import checkpoints, state_dicts
 from imf_kernels.models.cosyvoice2 import CausalUNet
 from imf_kernels.models.dit import DiT
+from imf_kernels.models.token_encoder import TokenEncoder
 
 Name = str | os.PathLike[str]
 
@@ -75,6 +76,22 @@ def load_cosyvoice3(path: Name) -> DiT:
     weights = checkpoints.read(path)
     with checkpoints.naming(path):
         return DiT.from_state_dict(weights, "cosyvoice3")
+
+
+def load_token_encoder(path: Name) -> TokenEncoder:
+    """What makes `mu` and `spks` of tokens and speaker embeddings, float32 on the CPU.
+
+    Args:
+        path: CosyVoice2's or CosyVoice3's `flow.pt`, or Chatterbox's `s3gen*.safetensors`; see
+            `checkpoints.read`. The estimator is not read.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the file, and the key with its expected and given
+            shape.
+    """
+    weights = checkpoints.read(path)
+    with checkpoints.naming(path):
+        return TokenEncoder.from_state_dict(weights)
 
 
 def _beside(name: str) -> bool:

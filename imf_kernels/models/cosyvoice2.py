@@ -76,7 +76,7 @@ class CausalUNet(Estimator):
         own = state_dicts.without_prefix(state_dict, cls.root)
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         config = CausalUNetConfig.from_shapes(shapes, heads=heads, mixer=mixer)
-        return state_dicts.load(cls, config, own)
+        return state_dicts.load(lambda: cls(config), config.blocks, own)
 
     @property
     def last(self) -> Any:

@@ -247,7 +247,7 @@ class DiT(Estimator):
         own = state_dicts.without_prefix(state_dict, cls.root)
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         config = DiTConfig.from_shapes(shapes, variant, heads=heads, mixer=mixer)
-        return state_dicts.load(cls, config, own)
+        return state_dicts.load(lambda: cls(config), config.blocks, own)
 
     def student(self, diagonal: float = 1.0) -> DiT:
         """See `Estimator`.

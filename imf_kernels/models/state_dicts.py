@@ -5,11 +5,11 @@ Nothing is allocated before every key, shape and dtype is what the sizes ask for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imf_kernels import checks
 
@@ -17,6 +17,7 @@ MIXER = "time_embed_mixer.weight"
 """The one key that may be missing: a teacher's, for which a student fills in the identity."""
 
 Shapes = Mapping[str, tuple[int, ...]]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def prefix(state_dict: Mapping[str, Any], root: str) -> str:
@@ -98,26 +99,29 @@ def check(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
 
 
 def load(
-    model_type: Any,
-    config: Any,
+    build: Callable[[], Model],
+    blocks: int,
     state_dict: Mapping[str, Tensor],
     dtype: torch.dtype = torch.float32,
-) -> Any:
-    """A model on the CPU with these weights, allocated once, after they have been found to fit.
+) -> Model:
+    """What `build` makes, on the CPU with these weights, allocated once they are found to fit.
+
+    Args:
+        blocks: How many transformer blocks it will have.
 
     Raises:
         ValueError: see `check`; sizes that contradict each other; weights that are not finite.
     """
-    if len(state_dict) < _KEYS_PER_BLOCK * config.blocks:  # before as many blocks are built
+    if len(state_dict) < _KEYS_PER_BLOCK * blocks:  # before as many blocks are built
         raise ValueError(
-            f"state_dict: expected at least {_KEYS_PER_BLOCK * config.blocks} keys "
-            f"for {config.blocks} blocks, got {len(state_dict)}"
+            f"state_dict: expected at least {_KEYS_PER_BLOCK * blocks} keys "
+            f"for {blocks} blocks, got {len(state_dict)}"
         )
     try:
         with torch.device("meta"):
-            model = model_type(config).to(dtype=dtype)
+            model = build().to(dtype=dtype)
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise ValueError(f"state_dict: expected the sizes of a model, got {config}") from error
+        raise ValueError(f"state_dict: expected the sizes of a model, got {error}") from error
     check(model.state_dict(), state_dict)
     model.to_empty(device="cpu").load_state_dict(state_dict)
     for name, weight in model.named_parameters():

@@ -130,7 +130,8 @@ def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu
                 f"expected the weights that {side} was saved with (SHA-256 {said['estimator']}), "
                 f"got others ({found})"
             )
-        model = state_dicts.load(model_type, config, own, own[model_type.root].dtype)
+        dtype = own[model_type.root].dtype
+        model = state_dicts.load(lambda: model_type(config), config.blocks, own, dtype)
     return Student(model.to(device).eval(), grid, guidance)
 
 

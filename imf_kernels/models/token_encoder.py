@@ -43,18 +43,18 @@ class TokenEncoder(nn.Module):
             chunk: Tokens per block of the streaming mask.
 
         Raises:
-            ValueError: a key that sizes are read from is missing.
-            RuntimeError: keys or shapes that do not fit (a strict load).
+            ValueError: missing and unexpected keys (the load is strict); a key with another shape
+                than expected, no floating dtype, or weights that are not finite.
         """
-        own = state_dicts.without_prefix(state_dict, _TOKENS, (_TOKENS, _SPEAKER))
+        own = state_dicts.without_prefix(state_dict, _TOKENS)
         own = {name: value for name, value in own.items() if not name.startswith("decoder.")}
         shapes = {name: tuple(value.shape) for name, value in own.items()}
-        channels, speaker = shapes[_SPEAKER]
-        common = {"vocab": shapes[_TOKENS][0], "channels": channels, "speaker": speaker}
+        vocab, _ = state_dicts.shape(shapes, _TOKENS, 2)
+        channels, speaker = state_dicts.shape(shapes, _SPEAKER, 2)
         family = ConformerEncoder if "encoder_proj.weight" in own else LookaheadEncoder
-        state_dicts.without_prefix(own, _TOKENS, family.SIZED)
-        encoder = family(**common, **family.sizes(shapes), chunk=chunk)
-        encoder.load_state_dict(own)
+        sizes = {"vocab": vocab, "channels": channels, "speaker": speaker, **family.sizes(shapes)}
+        blocks = sum(size for name, size in sizes.items() if name.endswith("blocks"))
+        encoder = state_dicts.load(lambda: family(**sizes, chunk=chunk), blocks, own)
         return encoder.eval().requires_grad_(False)
 
     # -- a family's own -------------------------------------------------------------------------
@@ -239,12 +239,6 @@ class EncoderStream:
 class ConformerEncoder(TokenEncoder):
     """CosyVoice2's, and Chatterbox's."""
 
-    SIZED = (
-        "encoder.pre_lookahead_layer.conv1.weight",
-        "encoder.encoders.0.self_attn.pos_bias_u",
-        "encoder.encoders.0.feed_forward.w_1.weight",
-    )
-
     def __init__(
         self,
         *,
@@ -266,15 +260,18 @@ class ConformerEncoder(TokenEncoder):
         self.encoder_proj = nn.Linear(dim, channels)
 
     @staticmethod
-    def sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        conv, bias, widening = (shapes[name] for name in ConformerEncoder.SIZED)
+    def sizes(shapes: state_dicts.Shapes) -> dict[str, int]:
+        blocks = "encoder.encoders."
+        dim, _, taps = state_dicts.shape(shapes, "encoder.pre_lookahead_layer.conv1.weight", 3)
+        heads, _ = state_dicts.shape(shapes, f"{blocks}0.self_attn.pos_bias_u", 2)
+        inner, _ = state_dicts.shape(shapes, f"{blocks}0.feed_forward.w_1.weight", 2)
         return {
-            "dim": conv[0],
-            "heads": bias[0],
-            "inner": widening[0],
-            "blocks": state_dicts.count(shapes, "encoder.encoders."),
+            "dim": dim,
+            "heads": heads,
+            "inner": inner,
+            "blocks": state_dicts.count(shapes, blocks),
             "up_blocks": state_dicts.count(shapes, "encoder.up_encoders."),
-            "lookahead": conv[2] - 1,
+            "lookahead": taps - 1,
         }
 
     @property
@@ -296,8 +293,6 @@ class ConformerEncoder(TokenEncoder):
 class LookaheadEncoder(TokenEncoder):
     """CosyVoice3's: the lookahead alone, over embeddings as wide as a mel frame."""
 
-    SIZED = ("pre_lookahead_layer.conv1.weight",)
-
     def __init__(
         self,
         *,
@@ -312,8 +307,8 @@ class LookaheadEncoder(TokenEncoder):
         self.pre_lookahead_layer = Lookahead(channels, inner, lookahead)
 
     @staticmethod
-    def sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        inner, _, taps = shapes[LookaheadEncoder.SIZED[0]]
+    def sizes(shapes: state_dicts.Shapes) -> dict[str, int]:
+        inner, _, taps = state_dicts.shape(shapes, "pre_lookahead_layer.conv1.weight", 3)
         return {"inner": inner, "lookahead": taps - 1}
 
     @property
