@@ -63,8 +63,10 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
         self._fused = FusedLinears()
 
-    def forward(self, x: Any, rows: Rows, rope: Tensor, chunk: Tensor | None) -> Tensor:
-        """`(T, D)` to `(T, D)`; `x` is `Quantized` for a `to_qkv`."""
+    def forward(
+        self, x: Any, rows: Rows, rope: Tensor, chunk: Tensor | None, silent: Tensor | None
+    ) -> Tensor:
+        """`(T, D)` to `(T, D)`, zero where `silent` `(T,)`; `x` is `Quantized` for a `to_qkv`."""
         qkv = self.project(x).unflatten(-1, (3, self.heads, -1))
         weights: dict[str, Any] = {}
         if self.q_norm is not None and self.k_norm is not None:
@@ -72,7 +74,8 @@ class Attention(nn.Module):
         in_place = not qkv.requires_grad
         qkv = rope_qkv(qkv, rope, rows, self.rope_heads, **weights, in_place=in_place)
         h = attention(qkv, rows, chunk, finite=True)
-        return linears.apply(self.to_out[0], h.flatten(1))
+        h = linears.apply(self.to_out[0], h.flatten(1))
+        return h if silent is None else h.masked_fill(silent[:, None], 0.0)
 
     def project(self, x: Any) -> Tensor:
         """q, k and v side by side, `(T, 3 H head_dim)`."""
@@ -144,6 +147,7 @@ class Block(nn.Module):
         rows: Rows,
         rope: Tensor,
         chunk: Tensor | None,
+        silent: Tensor | None,
     ) -> tuple[Tensor, Any]:
         """From the residual stream `x` and its modulated norm `y` to the same after this block.
 
@@ -152,7 +156,7 @@ class Block(nn.Module):
         """
         _, _, gate_a, shift_f, scale_f, gate_f = modulation.unbind(1)
         x, y = self.norm_before_ff(
-            x, self.attn(y, rows, rope, chunk), gate_a, shift_f, scale_f, rows
+            x, self.attn(y, rows, rope, chunk, silent), gate_a, shift_f, scale_f, rows
         )
         return self.norm_before_next(x, self.ff(y), gate_f, shift, scale, rows)
 
@@ -312,11 +316,11 @@ class DiT(Estimator):
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """What `prepare` returns: "packed" in place of "conditions" for packed rows, "chunk" for
-        streaming, "key_lengths" for upstream's padding."""
+        streaming, "unpadded" (the rows' own lengths) for upstream's padding."""
         counts = TensorSpec(("rows",), torch.int64, pad=1)
         return {
             "lengths": counts,
-            "key_lengths": counts,
+            "unpadded": counts,
             "chunk": counts,
             "conditions": TensorSpec(("rows", "frames", self.config.dim), None),
             "packed": TensorSpec(("total", self.config.dim), None),
@@ -349,8 +353,9 @@ class DiT(Estimator):
             packed: Evaluate the rows behind one another instead of each padded to N: over this many
                 frames (per branch), no fewer than the lengths' sum; True: just as many, which reads
                 the lengths, if need be from the device.
-            upstream_padding: F5-TTS's own padded behaviour, in which padding is attended to and
-                enters the text tower's norms. For comparisons: a batch then differs from its rows.
+            upstream_padding: F5-TTS's own padded behaviour: all N frames are computed and move, are
+                attended to and enter the text tower's norms. For comparisons: a batch then differs
+                from its rows.
 
         Raises:
             ValueError, TypeError: naming the argument, the expected and the given value.
@@ -362,6 +367,9 @@ class DiT(Estimator):
         layout = packed_rows(packed, lengths, frames)
         if layout is not None and upstream_padding:
             raise ValueError("packed: expected False with upstream_padding, got True")
+        own = lengths
+        if upstream_padding:
+            lengths = torch.full_like(own, frames)
 
         def flat(x: Tensor) -> Tensor:
             """Features `(B, N, ...)` as frames `(T, ...)`, 0 beyond each row's length."""
@@ -382,12 +390,9 @@ class DiT(Estimator):
                     raise ValueError(
                         f"text: expected ids in [-1, {vocab - 1}], got {least} to {most}"
                     )
-            tower_rows = layout
-            if tower_rows is None:
-                tower_rows = Rows.padded(
-                    torch.full_like(lengths, frames) if upstream_padding else lengths, frames
-                )
-            said, heard = self.text_embed(text, tower_rows, guided), flat(prompt)
+            tower_rows = Rows.padded(lengths, frames) if layout is None else layout
+            padding = ~masks.inside(own, frames).flatten() if upstream_padding else None
+            said, heard = self.text_embed(text, tower_rows, guided, padding), flat(prompt)
             heard = torch.stack([heard, torch.zeros_like(heard)]) if guided else heard[None]
             conditions = self.input_embed.conditions(torch.cat([heard, said.to(heard)], dim=-1))
         else:
@@ -413,7 +418,7 @@ class DiT(Estimator):
             "rope": self.rotary_embed(frames),
         }
         if upstream_padding:
-            tensors["key_lengths"] = torch.full_like(tensors["lengths"], frames)
+            tensors["unpadded"] = own.repeat(1 + guided)
         if streaming:
             tensors["chunk"] = torch.full_like(tensors["lengths"], self.config.chunk)
         return Conditioning(tensors, self.specs)
@@ -437,14 +442,23 @@ class DiT(Estimator):
         cond: Conditioning,
     ) -> Tensor:
         h = (self.input_embed.state(x) + conditions).flatten(0, 1)
-        if "key_lengths" in cond:
-            h = h + self.input_embed.conv_pos_embed(h, rows)
-            rows = Rows.padded(cond["key_lengths"], cond["rope"].shape[0])
+        silent = None
+        if "unpadded" in cond:
+            own = Rows.padded(cond["unpadded"], cond["rope"].shape[0])
+            silent = own.row_of < 0
+            h = h + self.input_embed.conv_pos_embed(h, own)
         else:
             h = self.input_embed.conv_pos_embed(h, rows, residual=h)
-        return linears.apply(self.proj_out, self._blocks(h, modulation, rows, cond))
+        return linears.apply(self.proj_out, self._blocks(h, modulation, rows, cond, silent))
 
-    def _blocks(self, h: Tensor, modulation: Modulation, rows: Rows, cond: Conditioning) -> Tensor:
+    def _blocks(
+        self,
+        h: Tensor,
+        modulation: Modulation,
+        rows: Rows,
+        cond: Conditioning,
+        silent: Tensor | None,
+    ) -> Tensor:
         """Embedded frames `(T, D)` to the normalised input of the last projection."""
         rope, chunk = cond["rope"], cond.get("chunk")
         scale, shift = modulation.final.unbind(1)
@@ -454,7 +468,7 @@ class DiT(Estimator):
         for block, own, following in zip(
             self.transformer_blocks, modulation.blocks, norms[1:], strict=True
         ):
-            arguments = (x, y, own, *following, rows, rope, chunk)
+            arguments = (x, y, own, *following, rows, rope, chunk, silent)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, y = checkpoint(block, *arguments, use_reentrant=False)
             else:

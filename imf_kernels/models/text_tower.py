@@ -65,23 +65,30 @@ class TextTower(nn.Module):
         self.text_embed = nn.Embedding(config.vocab + 1, config.dim)
         self.text_blocks = nn.ModuleList(ConvNeXtV2Block(config.dim) for _ in range(config.layers))
 
-    def forward(self, text: Tensor, rows: Rows, guided: bool) -> Tensor:
+    def forward(
+        self, text: Tensor, rows: Rows, guided: bool, padding: Tensor | None = None
+    ) -> Tensor:
         """`(branches, T, dim)`: with the text, and if `guided` also with the filler in its place.
 
-        The mask of v1 follows the text in both, as in the teacher's training.
+        The mask of v1 follows the text in both, as in the teacher's training. `padding` `(T,)` are
+        frames of rows that enter the blocks empty, as upstream has them.
         """
         row, position = rows.places()
         # the column behind the text is the filler's
         ids = F.pad(text + 1, (0, 1))[row, position.clamp(max=text.shape[1])]
+        if padding is not None:
+            ids = ids.masked_fill(padding, 0)
         kept = rows.row_of >= 0
         if self.text_blocks and self.config.mask_padding:
             kept = kept & (ids != 0)
         ids = torch.stack([ids, torch.zeros_like(ids)]) if guided else ids[None]
         x = self.text_embed(ids)
         mask = kept[:, None].to(x.dtype)
-        if not self.text_blocks:
-            return x * mask
-        x = (x + sinusoidal_positions(position, self.config.dim).to(x.dtype)) * mask
+        if self.text_blocks:
+            x = x + sinusoidal_positions(position, self.config.dim).to(x.dtype)
+        x = x * mask
+        if padding is not None:
+            x = x.masked_fill(padding[:, None], 0.0)
         branches = rows.repeat(len(ids))
         for block in self.text_blocks:
             x = torch.addcmul(x, block(x.flatten(0, 1), branches).view_as(x), mask)
