@@ -13,9 +13,10 @@ ARGS ?=
 
 py := $(VENV)/bin/python
 installed := $(VENV)/.imf_kernels-installed
+client := $(VENV)/.f5_tts-installed
 log := $(VENV)/imf_kernels-install.log
 
-.PHONY: help demo test test-build test-gpu bench-cpu bench-gpu bench-gpu-full count kernels lint clean
+.PHONY: help demo test test-hosts test-build test-gpu bench-cpu bench-gpu bench-gpu-full count kernels lint clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -25,6 +26,9 @@ demo: $(installed) ## The whole method on real audio, on a laptop (options: ARGS
 
 test: $(installed) ## The tests (options: ARGS="-k euler")
 	$(py) -m pytest $(ARGS)
+
+test-hosts: $(client) ## The F5-TTS host against F5-TTS itself
+	$(py) -m pytest -rs tests/hosts/test_f5_tts_upstream.py $(ARGS)
 
 test-build: $(installed) ## The extension against a CUDA build of torch (needs nvcc, no GPU)
 	$(py) -m pytest -m build -rs -s tests/test_build.py $(ARGS)
@@ -38,11 +42,7 @@ bench-gpu: $(installed) ## All benchmarks of a CUDA device, into benchmarks/resu
 bench-gpu-full: $(installed) ## The same, every column for every shape (hours: it compiles each)
 	$(py) -m benchmarks.gpu --full $(ARGS)
 
-# f5-tts without its dependencies, of which a solve needs these; torchaudio may fail to load
-bench-cpu: $(installed) ## F5-TTS's own sampler against ours on this CPU (10 minutes)
-	$(py) -m pip install -q --no-deps f5-tts==1.1.22 torchaudio
-	$(py) -m pip install -q -c constraints.txt torchdiffeq x-transformers librosa ema-pytorch \
-		accelerate wandb datasets rjieba pypinyin
+bench-cpu: $(client) ## F5-TTS's own sampler against ours on this CPU (10 minutes)
 	OMP_NUM_THREADS=2 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1000000000 \
 		$(py) -m benchmarks.f5_sampler --out benchmarks/results/cpu/f5_sampler.json $(ARGS)
 
@@ -58,7 +58,7 @@ lint: $(installed) ## Style, formatting and types
 	$(py) -m mypy
 
 clean: ## Remove what was built; the environment stays
-	rm -rf build dist *.egg-info imf_kernels/_C.*.so .pytest_cache .mypy_cache .ruff_cache $(installed)
+	rm -rf build dist *.egg-info imf_kernels/_C.*.so .pytest_cache .mypy_cache .ruff_cache $(installed) $(client)
 	find imf_kernels tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Torch and the build tools come first: the extension is built against the torch that will run it,
@@ -69,4 +69,11 @@ $(installed): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard 
 	$(py) -m pip install -c constraints.txt --no-build-isolation -v -e '.[dev,demo]' >$(log) 2>&1 \
 		|| { tail -n 60 $(log); exit 1; }
 	@grep -E 'error:|CMake Error|imf_kernels: (C\+\+|PURE)' $(log)
+	@touch $@
+
+# f5-tts without its dependencies, of which solves and updates need these; torchaudio may fail to load
+$(client): $(installed)
+	$(py) -m pip install -q --no-deps f5-tts==1.1.22 torchaudio
+	$(py) -m pip install -q -c constraints.txt torchdiffeq x-transformers librosa ema-pytorch \
+		accelerate wandb datasets rjieba pypinyin
 	@touch $@

@@ -16,11 +16,9 @@ MALLOC_TRIM_THRESHOLD_, without which the C library gives them back and faults t
 from __future__ import annotations
 
 import argparse
-import importlib.machinery
 import os
 import shlex
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ import torch
 from torch import Tensor
 
 import imf_kernels
-from benchmarks import report
+from benchmarks import f5_client, report
 from benchmarks.timing import interleaved
 from imf_kernels import grids, guidance, sampler
 from imf_kernels.models import DiT
@@ -42,35 +40,17 @@ PROMPT_SHARE = 0.32
 STRENGTH = 2.0  # the client's cfg_strength
 
 
-def client_classes() -> tuple[Any, Any]:
-    """F5-TTS's `CFM` and `DiT`; without a torchaudio that fits this torch, in spite of it.
-
-    torchaudio serves the client's mel extraction only, which is not part of a solve.
-    """
-    try:
-        import torchaudio  # noqa: F401
-    except (ImportError, OSError):
-        for name in ("torchaudio", "torchaudio.transforms"):
-            stand_in = types.ModuleType(name)
-            stand_in.__spec__ = importlib.machinery.ModuleSpec(name, None)
-            sys.modules[name] = stand_in
-    from f5_tts.model import CFM
-    from f5_tts.model import DiT as ClientDiT
-
-    return CFM, ClientDiT
-
-
 class Contenders:
     """The client and this library on the same weights, prompt and text."""
 
     def __init__(self, size: str, seconds: float) -> None:
         torch.manual_seed(0)
-        cfm, dit = client_classes()
-        net = dit(ff_mult=2, text_num_embeds=2545, mel_dim=100, **SIZES[size])
+        client = f5_client.load()
+        net = client.DiT(ff_mult=2, text_num_embeds=2545, mel_dim=100, **SIZES[size])
         for parameter in net.parameters():
             if not parameter.any():  # an untrained one would answer 0
                 torch.nn.init.normal_(parameter, std=0.02)
-        self.client = cfm(transformer=net, mel_spec_kwargs={"n_mel_channels": 100}).eval()
+        self.client = client.CFM(transformer=net, mel_spec_kwargs={"n_mel_channels": 100}).eval()
         self.model = DiT.from_state_dict(net.state_dict(), "f5_v1").eval()
         self.frames = round(seconds * FRAMES_A_SECOND)
         self.prompt = torch.randn(1, round(PROMPT_SHARE * self.frames), 100)

@@ -295,7 +295,7 @@ def test_flops_of_an_evaluation():
 
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("f5_tts", "torchdiffeq")),
-    reason="f5-tts is not installed (make bench-cpu)",
+    reason="f5-tts is not installed (make test-hosts)",
 )
 def test_f5_sampler(tmp_path, monkeypatch):
     from benchmarks import f5_sampler

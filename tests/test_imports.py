@@ -30,6 +30,7 @@ FLOORS = {
     "fp8": 4,
     "graphs": 4,
     "o3s": 4,
+    "hosts": 5,
 }
 ALWAYS_ALLOWED = {"torch", "imf_kernels", *sys.stdlib_module_names}
 ALLOWED = {"ops": {"triton"}}

@@ -58,9 +58,10 @@ class Attention(nn.Module):
             self.to_q = nn.Linear(config.dim, inner)
             self.to_k = nn.Linear(config.dim, inner)
             self.to_v = nn.Linear(config.dim, inner)
-        self.to_out = nn.ModuleList([linears.new(inner, config.dim, "out" in config.fp8)])
+        # in the clients' order, by which a saved optimizer knows its parameters
         self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else None
+        self.to_out = nn.ModuleList([linears.new(inner, config.dim, "out" in config.fp8)])
         self._fused = FusedLinears()
 
     def forward(

@@ -1,0 +1,96 @@
+"""What F5-TTS is given, as tensors: text as ids, noise by seeds, times, spans to infill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from imf_kernels import checks, grids
+
+PADDING = -1
+"""The id behind a row's text."""
+
+
+def text_ids(
+    text: Tensor | Sequence[str] | Sequence[Sequence[str]],
+    vocab: Mapping[str, int] | None,
+    rows: int,
+    device: torch.device,
+) -> Tensor:
+    """Ids `(rows, L)`: of a vocabulary's entries (0 for unknown ones), or without one UTF-8 bytes.
+
+    Raises:
+        ValueError: ids of another shape, or texts for another number of rows.
+    """
+    if isinstance(text, Tensor):
+        checks.shape("text", text, rows, "L")
+        return text.to(device)
+    if isinstance(text, str) or len(text) != rows:
+        raise ValueError(f"text: expected a list of {rows} texts, got {text!r}")
+    if vocab is None:
+        ids = [list("".join(line).encode()) for line in text]
+    else:
+        ids = [[vocab.get(token, 0) for token in line] for line in text]
+    lines = [torch.tensor(line, dtype=torch.int64) for line in ids]
+    return pad_sequence(lines, batch_first=True, padding_value=PADDING).to(device)
+
+
+def noise(
+    durations: Sequence[int],
+    channels: int,
+    seed: int | Sequence[int] | None,
+    device: torch.device,
+) -> Tensor:
+    """Float32 `(B, N, channels)`, N the longest duration, 0 beyond each row's.
+
+    A seed gives the numbers that `torch.manual_seed` and `torch.randn` of the row's own size would,
+    on this kind of device, and leaves torch's random state alone; without one that state is used.
+
+    Raises:
+        ValueError: another number of seeds than rows.
+    """
+    if seed is None or isinstance(seed, int):
+        seeds: list[int | None] = [seed] * len(durations)
+    elif len(seed) == len(durations):
+        seeds = list(seed)
+    else:
+        raise ValueError(f"seed: expected one, or one for each of {len(durations)} rows: {seed!r}")
+    drawn = []
+    for duration, own in zip(durations, seeds, strict=True):
+        generator = None if own is None else torch.Generator(device).manual_seed(own)
+        drawn.append(torch.randn(duration, channels, generator=generator, device=device))
+    return pad_sequence(drawn, batch_first=True)
+
+
+def times(steps: int, sway: float | None, epss: bool) -> Tensor:
+    """The client's grid of `steps` evaluations, float32 `(steps + 1,)`."""
+    return (grids.epss if epss else grids.sway)(steps, 0.0 if sway is None else sway)
+
+
+def late_times(start: float, steps: int, sway: float | None) -> Tensor:
+    """The same from a later start, for which there are fewer steps; sway moves the start as well.
+
+    Raises:
+        ValueError: a start outside `[0, 1)`, or no step left.
+    """
+    checks.positive_int("steps", steps)
+    left = int(steps * (1 - start))
+    if not (0 <= start < 1 and left):
+        raise ValueError(f"t_inter: expected a time that leaves some of {steps} steps, got {start}")
+    t = torch.linspace(start, 1, left + 1)
+    return t if sway is None else t + sway * (torch.cos(torch.pi / 2 * t) - 1 + t)
+
+
+def spans(lengths: Tensor, frames: int, shares: tuple[float, float]) -> Tensor:
+    """One span per row, of a share of its length drawn from `shares`: bool `(B, frames)`.
+
+    The draws are the client's, in its order, from torch's random state.
+    """
+    share = torch.zeros(lengths.shape, device=lengths.device).uniform_(*shares)
+    size = (share * lengths).long()
+    start = ((lengths - size) * torch.rand_like(share)).long()
+    frame = torch.arange(frames, device=lengths.device)
+    return (frame >= start[:, None]) & (frame < (start + size)[:, None])
