@@ -30,8 +30,8 @@ def from_student(path: str | Path, **options: Any) -> F5TTS:
     """
     from imf_kernels.models import load_student
 
-    model, grid, guidance = load_student(path)
-    stored: dict[str, Any] = {"guidance": guidance}
+    student: Any = load_student(path)
+    stored = {"guidance": student.guidance}
     if not {"grid", "nfe"} & options.keys():
-        stored["grid"] = grid
-    return F5TTS(model, **(stored | options)).eval()
+        stored["grid"] = student.grid
+    return F5TTS(student.model, **(stored | options)).eval()
