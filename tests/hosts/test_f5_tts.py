@@ -7,11 +7,12 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from imf_kernels import IntMeanFlow, Teacher, grids
-from imf_kernels.hosts.f5_tts import F5TTS, from_host
-from imf_kernels.models import DiT
+from imf_kernels.hosts.f5_tts import F5TTS, from_checkpoint, from_host, from_student
+from imf_kernels.models import DiT, save_student
 from tests.models.tools import golden, relative_rms, small_model
 
 GOLDEN = [("f5_base_b1", "f5_v0"), ("f5_v1_b1", "f5_v1")]
@@ -471,3 +472,22 @@ def test_a_host_on_the_weights_of_a_host():
     assert Teacher(own.transformer).model is own.transformer
     given = request() | {"steps": 2, "seed": 0}
     assert torch.equal(own.sample(**given)[0], model.sample(**given)[0])
+
+
+def test_hosts_from_files(tmp_path, variant):
+    model = F5TTS(small_model(variant, heads=1, head_dim=64)).eval()
+    given = request() | {"steps": 3, "cfg_strength": 2.0, "seed": 0}
+    published = {f"ema_model.{name}": value for name, value in model.state_dict().items()}
+    save_file(published, tmp_path / "model.safetensors")
+    loaded = from_checkpoint(tmp_path / "model.safetensors", variant, vocab_char_map={"a": 1})
+    assert loaded.vocab_char_map == {"a": 1}
+    assert torch.equal(loaded.sample(**given)[0], model.sample(**given)[0])
+
+    student = model.student(2.5, grid=[0.0, 0.3, 1.0])
+    path = tmp_path / "student.safetensors"
+    save_student(student.transformer, path, grid=student.grid, guidance=student.guidance)
+    again = from_student(path)
+    assert again.guidance == 2.5
+    assert torch.equal(again.grid, student.grid)
+    assert torch.equal(again.sample(**given)[0], student.sample(**given)[0])
+    assert torch.equal(from_student(path, nfe=4).grid, grids.uniform(4))
