@@ -29,6 +29,7 @@ FLOORS = {
     "distill": 4,
     "fp8": 4,
     "graphs": 4,
+    "hosts": 5,
     "o3s": 4,
     "hosts": 5,
 }

@@ -30,7 +30,7 @@ class Estimator(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        self.register_state_dict_post_hook(_with_storage_of_its_own)
+        self.register_state_dict_post_hook(with_storage_of_its_own)
 
     # -- a family's own -------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ def _check(cond: Any) -> None:
         raise TypeError(f"cond: expected what `prepare` returned, got {type(cond).__name__}")
 
 
-def _with_storage_of_its_own(
+def with_storage_of_its_own(
     model: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any
 ) -> None:
     """Copies of the weights that are slices of a fused storage: whoever saves a state dict may take

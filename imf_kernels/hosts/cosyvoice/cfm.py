@@ -1,0 +1,207 @@
+"""The host's decoder: its sampler and its loss, around an estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from imf_kernels import checks, grids, guidance, masks, sampler
+from imf_kernels.hosts.cosyvoice.estimator import Estimator, Model, lengths_of, prepare
+from imf_kernels.objectives import Batch
+
+NOISE_FRAMES = 15000
+OVERLAP = 34
+"""Last frames of which the first CosyVoice keeps noise and mu for the next piece."""
+
+
+class CFM(nn.Module):
+    """In the place of `flow.decoder`: solves over any grid, and trains or distils.
+
+    A teacher is guided, a student (with a mixer) is not. State, grid and noise are float32 in any
+    dtype of the flow, a row among others is the row alone, and no random state is touched.
+
+    Args:
+        estimator: An `Estimator`, or its model.
+        grid: A named grid, or times from 0 to 1 such as O3S finds.
+        nfe: Steps of a named grid, whatever number the caller asks for (the flow always asks for
+            10); None: the caller's number.
+        inference_cfg_rate: The host's guidance c, w = 1 + c; 0 for none.
+        training_cfg_rate: Share of the rows that flow-matching training drops the conditions of.
+        sigma_min: Of the host's flow-matching path.
+        noise: The table that noise is taken from, `[1, C, L]`; None: the host's, of the seed 0.
+        objective: `loss, info = objective(model, batch)`, such as `IntMeanFlow`: `compute_loss` is
+            then the distillation's. It and its teacher are outside of the module tree.
+        returns: "tuple", `(mel, cache)`, or "tensor", as the first versions of the host had it.
+        training_times: How flow-matching training draws t: "uniform", or "cosine" (before 2026).
+
+    The arguments are attributes, and may be assigned later.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator | Model,
+        *,
+        grid: str | Tensor | Sequence[float] = "cosine",
+        nfe: int | None = None,
+        inference_cfg_rate: float = 0.7,
+        training_cfg_rate: float = 0.2,
+        sigma_min: float = 1e-6,
+        noise: Tensor | None = None,
+        objective: Callable[[Any, Batch], tuple[Tensor, Any]] | None = None,
+        returns: str = "tuple",
+        training_times: str = "uniform",
+    ) -> None:
+        checks.choice("returns", returns, ("tuple", "tensor"))
+        checks.choice("training_times", training_times, ("uniform", "cosine"))
+        grids.make(grid, 1 if nfe is None and isinstance(grid, str) else nfe)
+        super().__init__()
+        self.estimator = estimator if isinstance(estimator, Estimator) else Estimator(estimator)
+        self.grid, self.nfe = grid, nfe
+        self.inference_cfg_rate = inference_cfg_rate
+        self.training_cfg_rate = training_cfg_rate
+        self.sigma_min = sigma_min
+        channels = self.model.config.channels
+        self.rand_noise = host_noise(channels) if noise is None else noise
+        checks.shape("noise", self.rand_noise, 1, channels, "L")
+        self.objective = objective
+        self.returns = returns
+        self.training_times = training_times
+
+    @property
+    def model(self) -> Model:
+        """The estimator's model: what objectives and graphs take."""
+        if not isinstance(self.estimator, Estimator):
+            raise TypeError(
+                f"estimator: expected an Estimator, got {type(self.estimator).__name__}"
+            )
+        return self.estimator.model
+
+    @torch.no_grad()
+    def forward(
+        self,
+        mu: Tensor,
+        mask: Tensor,
+        n_timesteps: int,
+        temperature: float = 1.0,
+        spks: Any = None,
+        cond: Any = None,
+        streaming: bool = False,
+        prompt_len: int = 0,
+        cache: Tensor | None = None,
+        flow_cache: Tensor | None = None,
+        noised_mels: Tensor | None = None,
+        meanflow: bool = False,
+        *,
+        noise: Tensor | None = None,
+    ) -> Any:
+        """Solve from noise to mels.
+
+        Args:
+            mu: Token features, floating `[B, C, T]`; left as it is.
+            mask: Ones over each row's frames, then zeros, `[B, 1, T]`.
+            n_timesteps: Steps, where `nfe` and the grid leave it open.
+            temperature: Factor of the noise.
+            spks: Speaker features `[B, C]`.
+            cond: Prompt mel `[B, C, T]`, zero where frames are to be generated.
+            streaming: Block-causal attention.
+            prompt_len, cache, flow_cache: The first CosyVoice's: noise and mu of the first frames,
+                `[B, C, S, 2]` (under either name), are used again, and those of the first
+                `prompt_len` and the last 34 frames returned.
+            noised_mels: Chatterbox's noise of the frames after the prompt, `[B, C, S]`.
+            meanflow: Chatterbox's; whether a model takes r is the model's own.
+            noise: Noise at time 0, `[B, C, T]`; None: for every row the first T frames of the
+                table.
+
+        Returns:
+            Float32 `[B, C, T]`, zero beyond each row's frames; in a tuple with the cache, or None
+            where none was given.
+
+        Raises:
+            ValueError, TypeError: naming the argument, the expected and the given value.
+        """
+        x = self._noise(mu, noise) * temperature
+        if noised_mels is not None:
+            x = torch.cat([x[:, :, : x.shape[2] - noised_mels.shape[2]], noised_mels.float()], 2)
+        overlap = flow_cache if cache is None else cache
+        if overlap is not None:
+            known_x, known_mu = overlap.unbind(-1)
+            x = torch.cat([known_x.to(x), x[:, :, known_x.shape[2] :]], dim=2)
+            mu = torch.cat([known_mu.to(mu), mu[:, :, known_mu.shape[2] :]], dim=2)
+            ends = [(z[:, :, :prompt_len], z[:, :, -OVERLAP:]) for z in (x, mu.float())]
+            overlap = torch.stack([torch.cat(parts, dim=2) for parts in ends], dim=-1)
+
+        w = None
+        if self.inference_cfg_rate and not self.model.config.mixer:
+            w = guidance.from_cosyvoice(self.inference_cfg_rate)
+        given = prepare(self.model, mask, mu, spks, cond, streaming, guided=w is not None)
+        nfe = n_timesteps if self.nfe is None and isinstance(self.grid, str) else self.nfe
+        mel = sampler.sample(
+            self.model, x.mT.contiguous(), given, self.grid, nfe=nfe, guidance=w
+        ).mT
+        inside = masks.inside(given["lengths"][: len(x)], mel.shape[2])
+        mel = mel.masked_fill(~inside[:, None], 0.0)
+        return mel if self.returns == "tensor" else (mel, overlap)
+
+    def _noise(self, mu: Tensor, noise: Tensor | None) -> Tensor:
+        """Float32 `[B, C, T]`."""
+        checks.shape("mu", mu, "B", self.model.config.channels, "T")
+        rows, channels, frames = mu.shape
+        if noise is None:
+            known = self.rand_noise.shape[2]
+            if frames > known:
+                raise ValueError(
+                    f"mu: expected no more than the noise table's {known} frames, got {frames}: "
+                    "give noise"
+                )
+            self.rand_noise = self.rand_noise.to(mu.device)
+            noise = self.rand_noise[:, :, :frames].expand(rows, -1, -1)
+        checks.shape("noise", noise, rows, channels, frames)
+        return noise.float()
+
+    def compute_loss(
+        self,
+        x1: Tensor,
+        mask: Tensor,
+        mu: Tensor,
+        spks: Any = None,
+        cond: Any = None,
+        streaming: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """The host's flow-matching loss and `y`, or the objective's loss and info.
+
+        Args:
+            x1: Mels `[B, C, T]`; mask, mu, spks, cond and streaming as in `forward`.
+        """
+        checks.shape("spks", spks, *x1.shape[:2])
+        checks.shape("cond", cond, *x1.shape)
+        if self.objective is not None:
+            # nothing is dropped, and the conditions are data
+            conditions = {"prompt": cond.detach().mT, "mu": mu.detach().mT, "spks": spks.detach()}
+            batch = Batch(
+                x1.mT.float().contiguous(), lengths_of(mask), conditions | {"streaming": streaming}
+            )
+            return self.objective(self.model, batch)
+        # the host's draws, in its order
+        t = torch.rand([len(mu), 1, 1], device=mu.device, dtype=mu.dtype)
+        if self.training_times == "cosine":
+            t = 1 - torch.cos(t * 0.5 * torch.pi)
+        z = torch.randn_like(x1)
+        remains = 1 - self.sigma_min
+        y, u = (1 - remains * t) * z + t * x1, x1 - remains * z
+        if self.training_cfg_rate > 0:
+            kept = torch.rand(len(mu), device=x1.device) > self.training_cfg_rate
+            mu, cond = mu * kept[:, None, None], cond * kept[:, None, None]
+            spks = spks * kept[:, None]
+        v = self.estimator(y, mask, mu, t.flatten(), spks, cond, streaming=streaming)
+        error = F.mse_loss(v * mask, u * mask, reduction="sum")
+        return error / (mask.sum() * u.shape[1]), y
+
+
+def host_noise(channels: int) -> Tensor:
+    """The host's table `[1, C, 15000]`: what its `torch.manual_seed(0)` leads to on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn([1, channels, NOISE_FRAMES], generator=generator)
