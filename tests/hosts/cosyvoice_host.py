@@ -3,15 +3,19 @@
 import torch
 from torch import nn
 
-from tests.models.test_cosyvoice2 import small_unet
-from tests.models.tools import small_model
+from imf_kernels.models import CausalUNet, CausalUNetConfig
+from tests.models.tools import recipe, small_model
 
 
 def small(family: str):
     """A tiny estimator model of a family, with the clients' 80 channels."""
-    if family == "unet":
-        return small_unet(channels=80, chunk=50, mid_blocks=1, depth=1)
-    return small_model("cosyvoice3", channels=80)
+    if family == "dit":
+        return small_model("cosyvoice3", channels=80)
+    sizes = {"dim": 32, "mid_blocks": 1, "depth": 1, "heads": 2, "head_dim": 16, "time_dim": 48}
+    model = CausalUNet(CausalUNetConfig(**sizes))
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    model.load_state_dict(recipe(shapes, seed=0))
+    return model.eval()
 
 
 class HostCFM(nn.Module):

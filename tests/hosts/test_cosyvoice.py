@@ -130,7 +130,7 @@ def test_long_masks_in_half_precision_are_counted_whole():
 def test_half_precision_and_autocast(family):
     inputs = host_inputs([53])
     exact, _ = CFM(small(family))(n_timesteps=10, **inputs)
-    for dtype, bound in ((torch.float16, 0.02), (torch.bfloat16, 0.1)):
+    for dtype, bound in ((torch.float16, 0.005), (torch.bfloat16, 0.02)):
         flow = HostFlow(CFM(small(family))).to(dtype)
         half = {name: value.to(dtype) for name, value in inputs.items()}
         mel, _ = flow.decoder(n_timesteps=10, **half)
@@ -138,10 +138,10 @@ def test_half_precision_and_autocast(family):
         assert relative_rms(mel, exact) < bound
         host = HostCFM(flow.decoder.estimator)
         host.rand_noise = flow.decoder.rand_noise
-        assert relative_rms(host(n_timesteps=10, **half)[0], exact) < 2 * bound
+        assert relative_rms(host(n_timesteps=10, **half)[0], exact) < 8 * bound
     with torch.autocast("cpu", torch.bfloat16):
         mel, _ = CFM(small(family))(n_timesteps=10, **inputs)
-    assert relative_rms(mel, exact) < 0.1
+    assert relative_rms(mel, exact) < 0.02
 
 
 def test_what_is_replaced_in_the_estimator_is_replaced_in_its_model():
@@ -420,7 +420,7 @@ def test_a_baked_student_behind_the_hosts_loop(family):
     torch.testing.assert_close(got, exact, rtol=0, atol=1e-4)
     as_teacher, _ = HostCFM(Estimator(student))(n_timesteps=10, **inputs)
     assert relative_rms(as_teacher, exact) > 0.01  # r matters
-    for dtype, bound in ((torch.float16, 0.02), (torch.bfloat16, 0.1)):
+    for dtype, bound in ((torch.float16, 0.005), (torch.bfloat16, 0.02)):
         half = {name: value.to(dtype) for name, value in inputs.items()}
         for baked in (
             BakedEstimator(student).to(dtype),

@@ -27,7 +27,7 @@ class BakedEstimator(nn.Module):
     Args:
         student: The student, or a teacher's model (with `doubled=False`).
         grid: A named grid, or times from 0 to 1.
-        nfe: Steps of a named grid.
+        nfe: Steps of a named grid; None: 10.
         doubled: The host doubles its rows for guidance, which a student does not need: the first
             half is evaluated and answers for both, so that `(1 + c) a - c a = a`. False: all rows
             are evaluated.

@@ -85,7 +85,7 @@ class CFM(nn.Module):
         self,
         mu: Tensor,
         mask: Tensor,
-        n_timesteps: int,
+        n_timesteps: int | None = None,
         temperature: float = 1.0,
         spks: Any = None,
         cond: Any = None,
@@ -125,9 +125,11 @@ class CFM(nn.Module):
         """
         x = self._noise(mu, noise) * temperature
         if noised_mels is not None:
+            checks.shape("noised_mels", noised_mels, *x.shape[:2], "S")
             x = torch.cat([x[:, :, : x.shape[2] - noised_mels.shape[2]], noised_mels.float()], 2)
         overlap = flow_cache if cache is None else cache
         if overlap is not None:
+            checks.shape("cache", overlap, *x.shape[:2], "S", 2)
             known_x, known_mu = overlap.unbind(-1)
             x = torch.cat([known_x.to(x), x[:, :, known_x.shape[2] :]], dim=2)
             mu = torch.cat([known_mu.to(mu), mu[:, :, known_mu.shape[2] :]], dim=2)

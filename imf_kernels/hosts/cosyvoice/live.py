@@ -39,15 +39,11 @@ def from_host(flow: Any, **options: Any) -> CFM:
     estimator = _estimator(decoder.estimator)
     meanflow = estimator.model.config.mixer  # Chatterbox steps its own uniformly
     cosine = getattr(decoder, "t_scheduler", "cosine") == "cosine"
-    code = getattr(inspect.unwrap(type(decoder).compute_loss), "__code__", None)
     settings: dict[str, Any] = {
         "grid": "cosine" if cosine and not meanflow else "uniform",
         "noise": getattr(decoder, "rand_noise", None),
         "returns": _returns(decoder),
-        # earlier versions of the host draw t on the scheduler's grid
-        "training_times": "cosine"
-        if cosine and code is not None and "t_scheduler" in code.co_names
-        else "uniform",
+        "training_times": _training_times(decoder) if cosine else "uniform",
     }
     for name in ("inference_cfg_rate", "training_cfg_rate", "sigma_min"):
         if hasattr(decoder, name):
@@ -77,7 +73,7 @@ def apply_to(flow: Any, cfm: CFM | None = None, **options: Any) -> CFM:
 def restore(flow: Any) -> None:
     """Give a flow the decoder back that `apply_to` took, with the weights that it had.
 
-    It follows the flow to its device, dtype and mode.
+    It follows the flow to its device and mode.
 
     Raises:
         ValueError: a flow that `apply_to` has not patched (a deep copy of one).
@@ -85,12 +81,8 @@ def restore(flow: Any) -> None:
     decoder = _replaced.pop(flow.decoder, None)
     if decoder is None:
         raise ValueError(f"flow: expected a patched one, got {type(flow.decoder).__name__} in it")
-    own = {id(p) for p in flow.decoder.parameters()}
-    for parameter in flow.parameters():
-        if id(parameter) not in own:
-            decoder.to(parameter.device, parameter.dtype)
-            break
-    flow.decoder = decoder.train(flow.training)
+    device = next(flow.parameters()).device
+    flow.decoder = decoder.to(device).train(flow.training)
 
 
 def freeze(flow: Any) -> RemovableHandle:
@@ -130,7 +122,7 @@ def _estimator(estimator: Any) -> Estimator:
             )
     model.config = replace(model.config, chunk=getattr(estimator, "static_chunk_size", 0) or 50)
     weight = next(estimator.parameters())
-    return Estimator(model.to(weight.device, weight.dtype).train(estimator.training))
+    return Estimator(model.to(weight.device, weight.dtype))
 
 
 def _returns(decoder: Any) -> str:
@@ -138,3 +130,10 @@ def _returns(decoder: Any) -> str:
     forwards = [vars(cls)["forward"] for cls in type(decoder).__mro__ if "forward" in vars(cls)]
     known = {name for forward in forwards for name in inspect.signature(forward).parameters}
     return "tuple" if known & {"cache", "flow_cache", "streaming"} else "tensor"
+
+
+def _training_times(decoder: Any) -> str:
+    """Earlier versions of the host's loss look at the scheduler for t, too."""
+    loss: Any = inspect.unwrap(getattr(type(decoder), "compute_loss", None))
+    names = loss.__code__.co_names if hasattr(loss, "__code__") else ()
+    return "cosine" if "t_scheduler" in names else "uniform"
