@@ -31,7 +31,6 @@ FLOORS = {
     "graphs": 4,
     "hosts": 5,
     "o3s": 4,
-    "hosts": 5,
 }
 ALWAYS_ALLOWED = {"torch", "imf_kernels", *sys.stdlib_module_names}
 ALLOWED = {"ops": {"triton"}}

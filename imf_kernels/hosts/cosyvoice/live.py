@@ -134,6 +134,7 @@ def _returns(decoder: Any) -> str:
 
 def _training_times(decoder: Any) -> str:
     """Earlier versions of the host's loss look at the scheduler for t, too."""
-    loss: Any = inspect.unwrap(getattr(type(decoder), "compute_loss", None))
-    names = loss.__code__.co_names if hasattr(loss, "__code__") else ()
+    loss: Any = getattr(type(decoder), "compute_loss", None)
+    code = getattr(inspect.unwrap(loss), "__code__", None)
+    names = code.co_names if code is not None else ()
     return "cosine" if "t_scheduler" in names else "uniform"
