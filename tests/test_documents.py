@@ -4,26 +4,56 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import buckets
+from imf_kernels.hosts.f5_tts import F5TTS
+from tests.hosts.cosyvoice_host import HostCFM, HostFlow, small
+from tests.models.tools import small_model
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 
 
-def run(path, tmp_path, monkeypatch):
-    """The names that a page's program leaves."""
+def run(path, tmp_path, monkeypatch, **names):
+    """The names that a page's program leaves, given some."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
     assert blocks
-    names: dict = {"__name__": path.stem}
+    names["__name__"] = path.stem
     for block in blocks:
         exec(compile(block, str(path), "exec"), names)
     return names
 
 
+class Flow(HostFlow):
+    """With the signature of the client's own training."""
+
+    def forward(self, batch, device):
+        return super().forward(**batch)
+
+
+def clients(tmp_path):
+    """What the README's reader has: live objects of the clients, in small, and data for them."""
+    cfm = F5TTS(small_model("f5_v1", channels=100), vocab_char_map={"a": 0, "b": 1, "c": 2})
+    flow = Flow(HostCFM(small("dit"), inference_cfg_rate=0.7))
+    (tmp_path / "pretrained").mkdir()
+    torch.save(flow.state_dict(), tmp_path / "pretrained" / "flow.pt")
+    mels, lens = torch.randn(2, 40, 100), torch.tensor([40, 23])
+    batch = {
+        "token": torch.randint(10, (2, 30)),
+        "mel": torch.randn(2, 30, 80),
+        "lengths": torch.tensor([30, 17]),
+        "speaker": torch.randn(2, 12),
+        "streaming": False,
+    }
+    prompt = {"prompt": mels[:1], "text": "abcab", "texts": ["abc", "cab"]}
+    return {"cfm": cfm, "flow": flow, "mels": mels, "lens": lens, "batch": batch} | prompt
+
+
 def test_readme(tmp_path, monkeypatch):
-    names = run(README, tmp_path, monkeypatch)
+    given = clients(tmp_path) | {"device": torch.device("cpu")}
+    names = run(README, tmp_path, monkeypatch, **given)
     assert (tmp_path / "o3s.json").exists()
     assert names["mel"].shape == (8, 120, 80)
 
