@@ -175,6 +175,19 @@ def streaming_qkv(size: Size) -> Inputs:
     return packed_qkv(size) | {"chunk": torch.full((size.rows,), 50)}
 
 
+def cached_qkv(size: Size) -> Inputs:
+    """A block of 50 new frames of each row, which a cache holds all of."""
+    heads = size.heads, size.dim // size.heads
+    new, held = min(50, size.frames), torch.full((size.rows,), size.frames, dtype=torch.int32)
+    return {
+        "q": torch.randn(size.rows * new, *heads, dtype=size.dtype),
+        "kv": size.hidden(2, *heads),
+        "rows": Rows.padded(torch.full((size.rows,), new), new),
+        "kv_starts": torch.arange(size.rows, dtype=torch.int32) * size.frames,
+        "kv_lengths": held,
+    }
+
+
 def requests(size: Size) -> Inputs:
     """What a request copies into a bucket that is 6 % longer."""
     bucket = size.frames + -(-size.frames // 16)
@@ -202,6 +215,15 @@ def plain_attention(
         block = torch.arange(rows.longest, device=qkv.device) // 50
         mask = block[None, :] <= block[:, None]
     return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(0, 1)
+
+
+def plain_cached_attention(
+    q: Tensor, kv: Tensor, rows: Rows, kv_starts: Tensor, kv_lengths: Tensor
+) -> Tensor:
+    """Of rows behind one another, all of a length and a block."""
+    queries = q.unflatten(0, (-1, rows.longest)).transpose(1, 2)
+    k, v = kv.unflatten(0, (len(kv_starts), -1)).transpose(1, 3).unbind(2)
+    return F.scaled_dot_product_attention(queries, k, v).transpose(1, 2).flatten(0, 1)
 
 
 def plain_conv(x: Tensor, weight: Tensor, bias: Tensor, rows: Rows, residual: Tensor) -> Tensor:
@@ -320,6 +342,13 @@ CASES = {
         "qkv",
         flops=lambda size: 2 * size.rows * size.frames * (size.frames + 50) * size.dim,
         plain=plain_attention,
+    ),
+    "cached_attention": Case(
+        ops.cached_attention,
+        cached_qkv,
+        "qkv",
+        flops=lambda size: 4 * size.rows * min(50, size.frames) * size.frames * size.dim,
+        plain=plain_cached_attention,
     ),
     "ragged_copy": Case(copied, requests),
 }

@@ -33,7 +33,8 @@ struct Head {
   const float* k;
   const float* v;
   float* out;
-  int64_t stride;      // elements from one frame's q, k or v to the next
+  int64_t q_stride;  // elements from one frame's q to the next
+  int64_t stride;    // and from one frame's k or v
   int64_t out_stride;
 };
 
@@ -137,7 +138,7 @@ IMF_AVX512 void attend(
   std::fill_n(most, kVectors, Vector{} - std::numeric_limits<float>::infinity());
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t d = 0; d < kWidth; ++d) {
-      queries[d * kWidth + i] = head.q[(first + i) * head.stride + d] * scale;
+      queries[d * kWidth + i] = head.q[(first + i) * head.q_stride + d] * scale;
     }
   }
   for (int64_t n = 0; n < keys; n += kWidth) {
@@ -198,14 +199,16 @@ bool attention_runs() { return false; }
 
 #endif
 
-// Piece p: queries [query_starts, query_ends) see keys [key_starts, query_ends).
+// Piece p: queries [query_starts, query_ends) see keys [key_starts, key_ends).
 void attention(
-    const Tensor& qkv, at::IntArrayRef query_starts, at::IntArrayRef query_ends,
-    at::IntArrayRef key_starts, double scale, Tensor& out, Tensor& lse) {
+    const Tensor& q, const Tensor& kv, at::IntArrayRef query_starts, at::IntArrayRef query_ends,
+    at::IntArrayRef key_starts, at::IntArrayRef key_ends, double scale, Tensor& out, Tensor& lse) {
   TORCH_CHECK(attention_runs(), "attention_cpu: needs AVX-512");
-  TORCH_CHECK(qkv.size(3) == kWidth && qkv.stride(3) == 1, "qkv: dense heads of 64");
-  const int64_t heads = qkv.size(2);
-  const float* x = qkv.const_data_ptr<float>();
+  TORCH_CHECK(q.size(2) == kWidth && q.stride(2) == 1, "q: dense heads of 64");
+  TORCH_CHECK(kv.size(3) == kWidth && kv.stride(3) == 1, "kv: dense heads of 64");
+  const int64_t heads = q.size(1);
+  const float* p_q = q.const_data_ptr<float>();
+  const float* p_kv = kv.const_data_ptr<float>();
   float* p_out = out.mutable_data_ptr<float>();
   float* p_lse = lse.mutable_data_ptr<float>();
 
@@ -218,18 +221,17 @@ void attention(
       for (int64_t first = query_starts[p]; first < query_ends[p]; first += kWidth) {
         tasks.push_back(
             {head, key_starts[p], first, std::min(kWidth, query_ends[p] - first),
-             query_ends[p] - key_starts[p]});
+             key_ends[p] - key_starts[p]});
       }
     }
   }
   at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Task& task = tasks[i];
-      const float* q = x + task.head * qkv.stride(2);
-      const float* keys = q + task.keys_from * qkv.stride(0);
+      const float* k = p_kv + task.keys_from * kv.stride(0) + task.head * kv.stride(2);
       const Head head{
-          q, keys + qkv.stride(1), keys + 2 * qkv.stride(1), p_out + task.head * kWidth,
-          qkv.stride(0), heads * kWidth};
+          p_q + task.head * q.stride(1), k, k + kv.stride(1), p_out + task.head * kWidth,
+          q.stride(0), kv.stride(0), heads * kWidth};
       attend(
           head, task.first, task.count, task.keys, static_cast<float>(scale * M_LOG2E),
           p_lse + task.head * lse.stride(0));
@@ -241,8 +243,8 @@ void attention(
 
 TORCH_LIBRARY_FRAGMENT(imf_kernels, m) {
   m.def(
-      "attention_cpu(Tensor qkv, int[] query_starts, int[] query_ends, int[] key_starts, "
-      "float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "attention_cpu(Tensor q, Tensor kv, int[] query_starts, int[] query_ends, "
+      "int[] key_starts, int[] key_ends, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("attention_cpu_runs() -> bool", &attention_runs);
 }
 

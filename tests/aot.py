@@ -152,8 +152,12 @@ def forms() -> Iterator[tuple[str, Callable[..., object], tuple[Any, ...]]]:
         out, lse = torch.empty(frames, heads, width, dtype=dtype), torch.empty(heads, frames)
         for chunk in (None, torch.tensor([50, 50])):
             name = f"{label} full" if chunk is None else f"{label} streaming"
-            yield name, attention.forward, (qkv, rows, chunk, 0.125)
+            q, kv, where = qkv[:, 0], qkv[:, 1:], (rows.starts, rows.lengths)
+            yield name, attention.forward, (q, kv, rows, *where, chunk, 0.125)
             yield name, attention.backward, (out, qkv, out, lse, rows, chunk, 0.125)
+        where = (rows.lengths, rows.lengths, torch.tensor([50, 50]), 0.125)
+        cache = torch.empty(4000, 2, heads, width, dtype=dtype)
+        yield f"{label} cached", attention.forward, (qkv[:, 0], cache, rows, *where)
 
 
 def fp8_forms() -> Iterator[tuple[str, Callable[..., object], tuple[Any, ...]]]:

@@ -24,7 +24,7 @@ from imf_kernels.objectives.rollouts import (
     TeacherRollout,
     draw_pairs,
 )
-from imf_kernels.ops import mean_velocity_loss
+from imf_kernels.ops.mean_velocity_loss import mean_velocity_loss
 from imf_kernels.solver import model_dtype
 from imf_kernels.teacher import Teacher
 

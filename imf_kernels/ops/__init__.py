@@ -1,6 +1,7 @@
 """Fused operations: one file each with contract, reference, Triton kernel, launcher, autograd."""
 
 from imf_kernels.ops.attention import attention
+from imf_kernels.ops.cached_attention import cached_attention
 from imf_kernels.ops.causal_conv import causal_conv, causal_conv_norm
 from imf_kernels.ops.depthwise_conv import depthwise_conv_norm
 from imf_kernels.ops.fp8_linear import fp8_linear
@@ -25,6 +26,7 @@ __all__ = [
     "EulerStep",
     "Quantized",
     "attention",
+    "cached_attention",
     "causal_conv",
     "causal_conv_norm",
     "depthwise_conv_norm",

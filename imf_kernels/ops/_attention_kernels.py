@@ -44,15 +44,20 @@ def _clear_kernel(
 
 @jit(do_not_specialize=["frames", "rows"])
 def _forward_kernel(
-    p_qkv,
+    p_q,
+    p_kv,
     p_starts,
     p_lengths,
     p_row_of,
+    p_kv_starts,
+    p_kv_lengths,
     p_chunk,
     p_out,
     p_lse,
     frames,
     rows,
+    stride_q_frame,
+    stride_q_head,
     stride_frame,
     stride_section,
     stride_head,
@@ -64,7 +69,10 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Scores are kept in units of log 2: `scale` holds log2(e)."""
+    """A row's queries are the last of the frames that it has keys of.
+
+    Scores are kept in units of log 2: `scale` holds log2(e).
+    """
     wait_for_predecessor()
     head = tl.program_id(1)
     row = tl.program_id(2)
@@ -73,30 +81,32 @@ def _forward_kernel(
     else:
         start = tl.load(p_starts + row).to(tl.int64)
         length = tl.load(p_lengths + row)
+        kv_start = tl.load(p_kv_starts + row).to(tl.int64)
+        kv_length = tl.load(p_kv_lengths + row)
+        before = kv_length - length
         first = tl.program_id(0) * BLOCK_M
         if first < length:
-            dtype = p_qkv.dtype.element_ty
+            dtype = p_q.dtype.element_ty
             o_m = first + tl.arange(0, BLOCK_M)
             o_n = tl.arange(0, BLOCK_N)
             o_d = tl.arange(0, DH)
             m_m = o_m < length
-            p_q = p_qkv + start * stride_frame + head * stride_head
-            p_k = p_q + stride_section
+            p_k = p_kv + kv_start * stride_frame + head * stride_head
             p_v = p_k + stride_section
-            o_q = o_m.to(tl.int64)[:, None] * stride_frame + o_d[None, :]
+            o_q = (start + o_m)[:, None] * stride_q_frame + head * stride_q_head + o_d[None, :]
             b_q = tl.load(p_q + o_q, mask=m_m[:, None], other=0.0)
-            seen = length
+            seen = kv_length
             if HAS_CHUNK:
                 chunk = tl.load(p_chunk + row).to(tl.int32)
-                b_seen = (o_m // chunk + 1) * chunk
-                last = tl.minimum(first + BLOCK_M, length) - 1
-                seen = tl.minimum((last // chunk + 1) * chunk, length)
+                b_seen = ((before + o_m) // chunk + 1) * chunk
+                last = before + tl.minimum(first + BLOCK_M, length) - 1
+                seen = tl.minimum((last // chunk + 1) * chunk, kv_length)
             b_max = tl.full([BLOCK_M], float("-inf"), ACC)
             b_sum = tl.zeros([BLOCK_M], ACC)
             b_out = tl.zeros([BLOCK_M, DH], ACC)
             for n in range(0, seen, BLOCK_N):
                 o_key = (n + o_n).to(tl.int64) * stride_frame
-                m_n = n + o_n < length
+                m_n = n + o_n < kv_length
                 b_k = tl.load(p_k + o_key[None, :] + o_d[:, None], mask=m_n[None, :], other=0.0)
                 b_s = dot(b_q, b_k, ACC) * scale
                 sees = m_n[None, :]
@@ -270,16 +280,16 @@ def _backward_kv_kernel(
         tl.store(p_grad_k + HEADS * DH, b_grad_v.to(dtype), mask=m_n[:, None])
 
 
-def can_use(qkv: Tensor) -> bool:
-    """Head widths and dtypes that the kernels are made for."""
+def can_use(x: Tensor) -> bool:
+    """Head widths, `x`'s last dimension, and dtypes that the kernels are made for."""
     half = (torch.float32, torch.bfloat16, torch.float16)
-    return qkv.shape[3] in (32, 64, 128) and qkv.dtype in half
+    return x.shape[-1] in (32, 64, 128) and x.dtype in half
 
 
-def _blocks(qkv: Tensor, backward: bool) -> dict[str, int]:
+def _blocks(x: Tensor, backward: bool) -> dict[str, int]:
     """Tile sizes and launch options; of dtype and head width only."""
-    width = qkv.shape[3]
-    if qkv.dtype == torch.float32:  # products on the scalar units, operands in registers
+    width = x.shape[-1]
+    if x.dtype == torch.float32:  # products on the scalar units, operands in registers
         if backward and width <= 64:
             return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
         size = 32 if width <= 64 else 16
@@ -289,31 +299,47 @@ def _blocks(qkv: Tensor, backward: bool) -> dict[str, int]:
     return {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": warps, "num_stages": 2}
 
 
-def forward(qkv: Tensor, rows: Rows, chunk: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """`(T, H, head_dim)`, and per softmax the base-2 logarithm of its sum, `(H, T)`."""
-    frames, _, heads, width = qkv.shape
-    out = qkv.new_empty((frames, heads, width))
-    lse = qkv.new_empty((heads, frames), dtype=wide_dtype(qkv))
-    blocks = _blocks(qkv, backward=False)
+def forward(
+    q: Tensor,
+    kv: Tensor,
+    rows: Rows,
+    kv_starts: Tensor,
+    kv_lengths: Tensor,
+    chunk: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`(T, H, head_dim)`, and per softmax the base-2 logarithm of its sum, `(H, T)`.
+
+    The keys and values of row i are `kv` `(K, 2, H, head_dim)` from `kv_starts[i]` on, as many as
+    `kv_lengths[i]`, and its queries those of the last of these frames.
+    """
+    frames, heads, width = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((heads, frames), dtype=wide_dtype(q))
+    blocks = _blocks(q, backward=False)
     count = rows.lengths.shape[0]
     launch(
         _forward_kernel,
         (max(cdiv(rows.longest, blocks["BLOCK_M"]), 1), heads, count + 1),
-        qkv,
+        q,
+        kv,
         rows.starts,
         rows.lengths,
         rows.row_of,
+        kv_starts,
+        kv_lengths,
         chunk,
         out,
         lse,
         frames,
         count,
-        *qkv.stride()[:3],
+        *q.stride()[:2],
+        *kv.stride()[:3],
         scale * LOG2_E,
         HEADS=heads,
         DH=width,
         HAS_CHUNK=chunk is not None,
-        ACC=accumulator(qkv),
+        ACC=accumulator(q),
         **blocks,
     )
     return out, lse

@@ -47,13 +47,22 @@ def reference(qkv: Tensor, rows: Rows, chunk: Tensor | None, scale: float) -> Te
     return selected(out[row, position].to(qkv.dtype), rows)
 
 
-def _pieces(starts: Tensor, lengths: Tensor, chunk: Tensor | None) -> Iterator[tuple[slice, slice]]:
+def _pieces(
+    rows: Rows, kv_starts: Tensor, kv_lengths: Tensor, chunk: Tensor | None
+) -> Iterator[tuple[slice, slice]]:
     """Queries and the keys that all of them see, on the CPU: whole rows, or a row's blocks."""
-    blocks = [None] * len(lengths) if chunk is None else chunk.tolist()
-    for start, length, block in zip(starts[:-1].tolist(), lengths.tolist(), blocks, strict=True):
-        for first in range(0, length, block or max(length, 1)):
-            last = min(first + (block or length), length)
-            yield slice(start + first, start + last), slice(start, start + last)
+    blocks = [None] * len(rows.lengths) if chunk is None else chunk.tolist()
+    where = (rows.starts[:-1], rows.lengths, kv_starts[: len(blocks)], kv_lengths)
+    for start, length, kv_start, seen, block in zip(
+        *(part.tolist() for part in where), blocks, strict=True
+    ):
+        before = seen - length  # the row's frames of which there are keys alone
+        first = before
+        while first < seen:
+            last = seen if block is None else min((first // block + 1) * block, seen)
+            queries = slice(start + first - before, start + last - before)
+            yield queries, slice(kv_start, kv_start + last)
+            first = last
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -61,21 +70,28 @@ def _heads(x: Tensor) -> Tensor:
     return x[None].transpose(1, 2)
 
 
-def _cpu_forward(
-    qkv: Tensor, starts: Tensor, lengths: Tensor, chunk: Tensor | None, scale: float
+def cpu_forward(
+    q: Tensor,
+    kv: Tensor,
+    rows: Rows,
+    kv_starts: Tensor,
+    kv_lengths: Tensor,
+    chunk: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    frames, _, heads, width = qkv.shape
-    make = qkv.new_empty if int(lengths.sum()) == frames else qkv.new_zeros
+    """As `kernels.forward`, the logarithms being natural ones."""
+    frames, heads, width = q.shape
+    make = q.new_empty if int(rows.lengths.sum()) == frames else q.new_zeros
     out = make((frames, heads, width))
-    lse = make((heads, frames), dtype=wide_dtype(qkv))
-    pieces = list(_pieces(starts, lengths, chunk))
-    if _has_cpp(qkv):
-        spans = [(q.start, q.stop, k.start) for q, k in pieces]
-        bounds = [list(bound) for bound in zip(*spans, strict=True)] or [[], [], []]
-        torch.ops.imf_kernels.attention_cpu(qkv, *bounds, scale, out, lse)
+    lse = make((heads, frames), dtype=wide_dtype(q))
+    pieces = list(_pieces(rows, kv_starts, kv_lengths, chunk))
+    if width == 64 and q.dtype == torch.float32 and _cpp_runs():
+        bounds = [(a.start, a.stop, b.start, b.stop) for a, b in pieces]
+        lists = [list(bound) for bound in zip(*bounds, strict=True)] or [[], [], [], []]
+        torch.ops.imf_kernels.attention_cpu(q, kv, *lists, scale, out, lse)
         return out, lse
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    q, k, v = qkv.unbind(1)
+    k, v = kv.unbind(1)
     for queries, keys in pieces:
         piece, sums = flash(_heads(q[queries]), _heads(k[keys]), _heads(v[keys]), scale=scale)
         out[queries] = piece[0].transpose(0, 1)
@@ -88,24 +104,19 @@ def _cpp_runs() -> bool:
     return dispatch.HAS_EXTENSION and torch.ops.imf_kernels.attention_cpu_runs()
 
 
-def _has_cpp(qkv: Tensor) -> bool:
-    return qkv.shape[3] == 64 and qkv.dtype == torch.float32 and _cpp_runs()
-
-
 def _cpu_backward(
     grad: Tensor,
     qkv: Tensor,
     out: Tensor,
     lse: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
+    rows: Rows,
     chunk: Tensor | None,
     scale: float,
 ) -> Tensor:
     back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     q, k, v = qkv.unbind(1)
     grad_qkv = qkv.new_zeros(qkv.shape)
-    for queries, keys in _pieces(starts, lengths, chunk):
+    for queries, keys in _pieces(rows, rows.starts, rows.lengths, chunk):
         ends = (_heads(grad[queries]), _heads(q[queries]), _heads(k[keys]), _heads(v[keys]))
         sums = lse[None, :, queries].contiguous()
         parts = back(*ends, _heads(out[queries]), sums, 0.0, False, scale=scale)
@@ -127,11 +138,11 @@ def _op(
 ) -> tuple[Tensor, Tensor]:
     """The result, and the logarithm of every softmax's sum (in the units of its path)."""
     qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
+    rows = Rows(starts, lengths, row_of, longest)
     if library:
-        return _flash.forward(library, qkv, Rows(starts, lengths, row_of, longest), scale)
-    if dispatch.runs_triton(qkv):
-        return kernels.forward(qkv, Rows(starts, lengths, row_of, longest), chunk, scale)
-    return _cpu_forward(qkv, starts, lengths, chunk, scale)
+        return _flash.forward(library, qkv, rows, scale)
+    forward = kernels.forward if dispatch.runs_triton(qkv) else cpu_forward
+    return forward(qkv[:, 0], qkv[:, 1:], rows, starts, lengths, chunk, scale)
 
 
 @_op.register_fake
@@ -155,10 +166,10 @@ def _op_backward(
     scale: float,
 ) -> Tensor:
     qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
+    rows = Rows(starts, lengths, row_of, longest)
     if dispatch.runs_triton(qkv):
-        rows = Rows(starts, lengths, row_of, longest)
         return kernels.backward(grad.contiguous(), qkv, out, lse, rows, chunk, scale)
-    return _cpu_backward(grad, qkv, out, lse, starts, lengths, chunk, scale)
+    return _cpu_backward(grad, qkv, out, lse, rows, chunk, scale)
 
 
 @_op_backward.register_fake
@@ -212,15 +223,9 @@ def attention(
     checks.shape("qkv", qkv, "T", 3, "H", "head_dim")
     checks.floating("qkv", qkv)
     check_rows(rows, qkv)
-    if chunk is not None:
-        checks.shape("chunk", chunk, rows.lengths.shape[0])
-        checks.dtype("chunk", chunk, torch.int64, torch.int32)
-        checks.same_device("chunk", chunk, qkv.device)
-        if checks.readable(chunk) and chunk.numel() and int(chunk.min()) < 1:
-            raise ValueError(f"chunk: expected blocks of 1 frame or more, got {chunk.tolist()}")
-        chunk = chunk.contiguous()
+    chunk = check_chunk(chunk, qkv, rows)
     scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else float(scale)
-    if not (_has_path(qkv) and dispatch.use_kernel(qkv, aten=True)):
+    if not (has_path(qkv) and dispatch.use_kernel(qkv, aten=True)):
         return reference(qkv, rows, chunk, scale)
     library = _flash.OURS
     if chunk is None and finite and qkv.is_cuda and qkv.numel() and rows.lengths.numel():
@@ -228,9 +233,22 @@ def attention(
     return _op(qkv, *rows, chunk, scale, library)[0]
 
 
-def _has_path(qkv: Tensor) -> bool:
-    triton = qkv.is_cuda or dispatch.forced() == "triton"
-    return kernels.can_use(qkv) if triton else True
+def check_chunk(chunk: Tensor | None, x: Tensor, rows: Rows) -> Tensor | None:
+    """Frames per block of each row, on `x`'s device, contiguous; or none."""
+    if chunk is None:
+        return None
+    checks.shape("chunk", chunk, rows.lengths.shape[0])
+    checks.dtype("chunk", chunk, torch.int64, torch.int32)
+    checks.same_device("chunk", chunk, x.device)
+    if checks.readable(chunk) and chunk.numel() and int(chunk.min()) < 1:
+        raise ValueError(f"chunk: expected blocks of 1 frame or more, got {chunk.tolist()}")
+    return chunk.contiguous()
+
+
+def has_path(x: Tensor) -> bool:
+    """Whether there are kernels for heads and dtype of `x` `(..., head_dim)`, where it lies."""
+    triton = x.is_cuda or dispatch.forced() == "triton"
+    return kernels.can_use(x) if triton else True
 
 
 def _path() -> str:

@@ -24,8 +24,8 @@ OPS = {
 }
 FP8 = {"quantize_rows"}
 """Kernels that only write FP8, which sm_80 does not have."""
-ELSEWHERE = {"ragged_copy", "linear", "fp8_linear"}
-"""CUDA C++ (tests/test_build.py), and the libraries' matrix products."""
+ELSEWHERE = {"ragged_copy", "linear", "fp8_linear", "cached_attention"}
+"""CUDA C++ (tests/test_build.py), the libraries' matrix products, attention's own kernel."""
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 
 
