@@ -42,9 +42,11 @@ class PlainDiT(DiT):
         inside = masks.inside(rows.lengths, rows.longest) if self.masked else None
         rowwise = h.unflatten(0, (-1, rows.longest))
         h = h + _positions(self.input_embed.conv_pos_embed, rowwise, inside)
-        return self.proj_out(self._blocks(h, modulation, rows, cond))
+        return self.proj_out(self._plain_blocks(h, modulation, rows, cond))
 
-    def _blocks(self, h: Tensor, modulation: Modulation, rows: Rows, cond: Conditioning) -> Tensor:
+    def _plain_blocks(
+        self, h: Tensor, modulation: Modulation, rows: Rows, cond: Conditioning
+    ) -> Tensor:
         x = h.unflatten(0, (rows.lengths.shape[0], rows.longest))
         mask = None
         if self.masked:

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from imf_kernels.models import linears
 from imf_kernels.models.config import CausalUNetConfig
 from imf_kernels.models.linears import FusedLinears
+from imf_kernels.models.scope import Scope
 from imf_kernels.ops import (
-    attention,
     causal_conv,
     causal_conv_norm,
     linear,
@@ -32,9 +32,10 @@ class CausalConv(nn.Conv1d):
     def __init__(self, channels_in: int, channels_out: int, taps: int) -> None:
         super().__init__(channels_in, channels_out, taps)
 
-    def forward(self, x: Tensor, rows: Rows) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, scope: Scope) -> Tensor:  # type: ignore[override]
         """`(T, channels_in)` to `(T, channels_out)`."""
-        return self.over(x, slice(None), self.bias, rows)
+        x = scope.preceded(x) if self.kernel_size[0] > 1 else x
+        return self.over(x, slice(None), self.bias, scope.rows)
 
     def over(self, x: Tensor, columns: slice, bias: Tensor | None, rows: Rows) -> Tensor:
         """The share of some input channels, of which `x` holds the values, and a bias."""
@@ -62,7 +63,7 @@ class ConvBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rows: Rows,
+        scope: Scope,
         *,
         conditions: Tensor | None = None,
         shift: Tensor | None = None,
@@ -75,12 +76,12 @@ class ConvBlock(nn.Module):
         """
         norm: Any = self.block[2]
         return causal_conv_norm(
-            x,
+            scope.preceded(x),
             self.conv.weight[:, : x.shape[1]],
             self.conv.bias if conditions is None else None,
             norm.weight,
             norm.bias,
-            rows,
+            scope.rows,
             addend=conditions,
             shift=shift,
             residual=residual,
@@ -102,7 +103,7 @@ class ResnetBlock(nn.Module):
         self.res_conv = CausalConv(channels_in, config.dim, 1)
 
     def forward(
-        self, x: Tensor, shift: Tensor, rows: Rows, conditions: Tensor | None = None
+        self, x: Tensor, shift: Tensor, scope: Scope, conditions: Tensor | None = None
     ) -> Tensor:
         """`(T, channels_in)` and `(R, dim)`, or `(1, dim)` for all rows, to `(T, dim)`.
 
@@ -110,12 +111,12 @@ class ResnetBlock(nn.Module):
         that read the block's input, where `x` holds the first ones only.
         """
         if conditions is None:
-            h, residual = self.block1(x, rows, shift=shift), self.res_conv(x, rows)
+            h, residual = self.block1(x, scope, shift=shift), self.res_conv(x, scope)
         else:
             of_h, of_residual = conditions.chunk(2, dim=1)
-            h = self.block1(x, rows, conditions=of_h, shift=shift)
-            residual = of_residual + self.res_conv.over(x, slice(x.shape[1]), None, rows)
-        return self.block2(h, rows, residual=residual)
+            h = self.block1(x, scope, conditions=of_h, shift=shift)
+            residual = of_residual + self.res_conv.over(x, slice(x.shape[1]), None, scope.rows)
+        return self.block2(h, scope, residual=residual)
 
     def conditions(self, x: Tensor, rows: Rows) -> Tensor:
         """`conditions` of the forward pass, from the values of the last input channels."""
@@ -136,10 +137,10 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, config.dim)])
         self._fused = FusedLinears()
 
-    def forward(self, x: Tensor, rows: Rows, chunk: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, scope: Scope) -> Tensor:
         """`(T, dim)` to `(T, dim)`."""
         qkv = self._fused.apply(self.projections, x).unflatten(-1, (3, self.heads, -1))
-        return linears.apply(self.to_out[0], attention(qkv, rows, chunk, finite=True).flatten(1))
+        return linears.apply(self.to_out[0], scope.attend(qkv).flatten(1))
 
     @property
     def projections(self) -> tuple[nn.Module, ...]:
@@ -187,14 +188,12 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(config.dim)
         self.ff = FeedForward(config)
 
-    def forward(
-        self, x: Tensor, y: Tensor, following: Any, rows: Rows, chunk: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, y: Tensor, following: Any, scope: Scope) -> tuple[Tensor, Tensor]:
         """From the residual stream `x` `(T, dim)` and its norm `y` to the same after this block.
 
         `following` is the norm of the block after this one; None: the norm is not read.
         """
-        x, y = _residual_norm(x, self.attn1(y, rows, chunk), self.norm3)
+        x, y = _residual_norm(x, self.attn1(y, scope), self.norm3)
         h = self.ff(y)
         return (x + h, y) if following is None else _residual_norm(x, h, following)
 
@@ -227,15 +226,14 @@ class Stage(nn.ModuleList):
         self,
         x: Tensor,
         shift: Tensor,
-        rows: Rows,
-        chunk: Tensor | None,
+        scope: Scope,
         conditions: Tensor | None = None,
     ) -> Tensor:
         """`(T, channels_in)` to `(T, dim)`, without the outer convolution."""
-        x = self.resnet(x, shift, rows, conditions)
+        x = self.resnet(x, shift, scope, conditions)
         blocks: Any = self[1]
         norms = [*(block.norm1 for block in blocks), None]
         y = norms[0](x)
         for block, following in zip(blocks, norms[1:], strict=True):
-            x, y = block(x, y, following, rows, chunk)
+            x, y = block(x, y, following, scope)
         return x

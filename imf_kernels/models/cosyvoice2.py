@@ -23,6 +23,7 @@ from imf_kernels.models.conditioning import Conditioning, TensorSpec
 from imf_kernels.models.config import CausalUNetConfig
 from imf_kernels.models.estimator import Estimator, checked_lengths, packed_rows
 from imf_kernels.models.linears import FusedLinears
+from imf_kernels.models.scope import CacheSizes, Extension, Scope, Whole
 from imf_kernels.models.step_tables import Modulation, StepTables, linear_float32
 from imf_kernels.models.time_embedding import TimeEmbedMixer, TimeMLP
 from imf_kernels.rows import Rows
@@ -179,16 +180,38 @@ class CausalUNet(Estimator):
         rows: Rows,
         cond: Conditioning,
     ) -> Tensor:
-        chunk = cond.get("chunk")
-        first, *between, last = modulation.blocks
         x = x.expand(len(conditions), *x.shape).flatten(0, 1)
-        skip = self._run(self._down, x, first, rows, chunk, conditions.flatten(0, 1))
-        h = self._down.conv(skip, rows)
+        scope = Whole(rows, cond.get("chunk"))
+        return self._evaluate(x, conditions.flatten(0, 1), modulation, scope)
+
+    def extend(
+        self, x: Tensor, conditions: Tensor, modulation: Modulation, extension: Extension
+    ) -> Tensor:
+        x = x.to(self.dtype).expand(len(conditions), *x.shape).flatten(0, 1)
+        x, given = extension.lay_out(x), extension.lay_out(conditions.flatten(0, 1))
+        return self._evaluate(x, given, modulation, extension)[extension.new]
+
+    @property
+    def cache_sizes(self) -> CacheSizes:
+        dim, between = self.config.dim, 2 * len(self.mid_blocks)
+        widths = (self.config.channels, *[dim] * (2 + between), 2 * dim, *[dim] * 3)
+        layers = self.config.depth * (len(self.mid_blocks) + 2)
+        return CacheSizes(
+            layers, self.config.heads, self.config.head_dim, 2, widths, self.config.chunk
+        )
+
+    def _evaluate(
+        self, x: Tensor, conditions: Tensor, modulation: Modulation, scope: Scope
+    ) -> Tensor:
+        """State and conditions of all branches' frames, `(T, C)` and `(T, D)`, to `(T, C)`."""
+        first, *between, last = modulation.blocks
+        skip = self._run(self._down, x, first, scope, conditions)
+        h = self._down.conv(skip, scope)
         for stage, shift in zip(self.mid_blocks, between, strict=True):
-            h = self._run(stage, h, shift, rows, chunk)
-        h = self._run(self._up, torch.cat([h, skip], dim=1), last, rows, chunk)
-        h = self.final_block(self._up.conv(h, rows), rows)
-        return self.final_proj(h, rows)
+            h = self._run(stage, h, shift, scope)
+        h = self._run(self._up, torch.cat([h, skip], dim=1), last, scope)
+        h = self.final_block(self._up.conv(h, scope), scope)
+        return self.final_proj(h, scope)
 
     def _run(self, stage: Any, *arguments: Any) -> Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():

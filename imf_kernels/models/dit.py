@@ -23,16 +23,18 @@ from imf_kernels.models.config import FP8_LAYERS, DiTConfig
 from imf_kernels.models.estimator import Estimator, checked_lengths, packed_rows
 from imf_kernels.models.linears import Fp8Linear, FusedLinears
 from imf_kernels.models.positions import (
+    KERNEL,
     CausalConvPositionEmbedding,
     ConvPositionEmbedding,
     GroupedConv,
+    Rope,
     RotaryEmbedding,
 )
+from imf_kernels.models.scope import CacheSizes, Extension, Scope, Whole
 from imf_kernels.models.step_tables import Modulation, StepTables, linear_float32
 from imf_kernels.models.text_tower import TextTower
 from imf_kernels.models.time_embedding import TimeEmbedding, TimeEmbedMixer
 from imf_kernels.ops import (
-    attention,
     gated_residual_norm,
     gated_residual_norm_fp8,
     linear,
@@ -64,19 +66,16 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([linears.new(inner, config.dim, "out" in config.fp8)])
         self._fused = FusedLinears()
 
-    def forward(
-        self, x: Any, rows: Rows, rope: Tensor, chunk: Tensor | None, silent: Tensor | None
-    ) -> Tensor:
-        """`(T, D)` to `(T, D)`, zero where `silent` `(T,)`; `x` is `Quantized` for a `to_qkv`."""
+    def forward(self, x: Any, rope: Rope, scope: Scope) -> Tensor:
+        """`(T, D)` to `(T, D)`; `x` is `Quantized` for a `to_qkv`."""
         qkv = self.project(x).unflatten(-1, (3, self.heads, -1))
         weights: dict[str, Any] = {}
         if self.q_norm is not None and self.k_norm is not None:
             weights = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
         in_place = not qkv.requires_grad
-        qkv = rope_qkv(qkv, rope, rows, self.rope_heads, **weights, in_place=in_place)
-        h = attention(qkv, rows, chunk, finite=True)
-        h = linears.apply(self.to_out[0], h.flatten(1))
-        return h if silent is None else h.masked_fill(silent[:, None], 0.0)
+        qkv = rope_qkv(qkv, *rope, self.rope_heads, **weights, in_place=in_place)
+        h = linears.apply(self.to_out[0], scope.attend(qkv).flatten(1))
+        return h if scope.silent is None else h.masked_fill(scope.silent[:, None], 0.0)
 
     def project(self, x: Any) -> Tensor:
         """q, k and v side by side, `(T, 3 H head_dim)`."""
@@ -145,10 +144,8 @@ class Block(nn.Module):
         modulation: Tensor,
         shift: Tensor,
         scale: Tensor,
-        rows: Rows,
-        rope: Tensor,
-        chunk: Tensor | None,
-        silent: Tensor | None,
+        rope: Rope,
+        scope: Scope,
     ) -> tuple[Tensor, Any]:
         """From the residual stream `x` and its modulated norm `y` to the same after this block.
 
@@ -156,9 +153,8 @@ class Block(nn.Module):
         and `scale` are of the norm that follows.
         """
         _, _, gate_a, shift_f, scale_f, gate_f = modulation.unbind(1)
-        x, y = self.norm_before_ff(
-            x, self.attn(y, rows, rope, chunk, silent), gate_a, shift_f, scale_f, rows
-        )
+        rows = scope.rows
+        x, y = self.norm_before_ff(x, self.attn(y, rope, scope), gate_a, shift_f, scale_f, rows)
         return self.norm_before_next(x, self.ff(y), gate_f, shift, scale, rows)
 
 
@@ -443,25 +439,38 @@ class DiT(Estimator):
         cond: Conditioning,
     ) -> Tensor:
         h = (self.input_embed.state(x) + conditions).flatten(0, 1)
-        silent = None
+        scope = Whole(rows, cond.get("chunk"))
         if "unpadded" in cond:
             own = Rows.padded(cond["unpadded"], cond["rope"].shape[0])
-            silent = own.row_of < 0
-            h = h + self.input_embed.conv_pos_embed(h, own)
+            h = h + self.input_embed.conv_pos_embed(h, Whole(own))
+            scope = scope._replace(silent=own.row_of < 0)
         else:
-            h = self.input_embed.conv_pos_embed(h, rows, residual=h)
-        return linears.apply(self.proj_out, self._blocks(h, modulation, rows, cond, silent))
+            h = self.input_embed.conv_pos_embed(h, scope, residual=h)
+        h = self._blocks(h, modulation, Rope(cond["rope"], rows), scope)
+        return linears.apply(self.proj_out, h)
 
-    def _blocks(
-        self,
-        h: Tensor,
-        modulation: Modulation,
-        rows: Rows,
-        cond: Conditioning,
-        silent: Tensor | None,
+    def extend(
+        self, x: Tensor, conditions: Tensor, modulation: Modulation, extension: Extension
     ) -> Tensor:
+        h = extension.lay_out((self.input_embed.state(x.to(self.dtype)) + conditions).flatten(0, 1))
+        h = self.input_embed.conv_pos_embed(h, extension, residual=h)[extension.new]
+        scope = extension.without_lead()
+        rope = Rope.of_frames(self.rotary_embed.at(scope.position))
+        return linears.apply(self.proj_out, self._blocks(h, modulation, rope, scope))
+
+    @property
+    def cache_sizes(self) -> CacheSizes:
+        if not self.config.causal_conv:
+            raise ValueError(
+                "model: expected convolutions that look back only (CosyVoice3's), got F5-TTS's"
+            )
+        layers, heads, head_dim = self.config.depth, self.config.heads, self.config.head_dim
+        widths = (self.config.dim, self.config.dim)
+        return CacheSizes(layers, heads, head_dim, KERNEL - 1, widths, self.config.chunk)
+
+    def _blocks(self, h: Tensor, modulation: Modulation, rope: Rope, scope: Scope) -> Tensor:
         """Embedded frames `(T, D)` to the normalised input of the last projection."""
-        rope, chunk = cond["rope"], cond.get("chunk")
+        rows = scope.rows
         scale, shift = modulation.final.unbind(1)
         norms = [(m[:, 0], m[:, 1]) for m in modulation.blocks] + [(shift, scale)]
         first: Any = modulated_layer_norm_fp8 if "qkv" in self.config.fp8 else modulated_layer_norm
@@ -469,7 +478,7 @@ class DiT(Estimator):
         for block, own, following in zip(
             self.transformer_blocks, modulation.blocks, norms[1:], strict=True
         ):
-            arguments = (x, y, own, *following, rows, rope, chunk, silent)
+            arguments = (x, y, own, *following, rope, scope)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, y = checkpoint(block, *arguments, use_reentrant=False)
             else:

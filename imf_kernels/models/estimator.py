@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from imf_kernels import checks, masks
 from imf_kernels.models.conditioning import Conditioning
+from imf_kernels.models.scope import CacheSizes, Extension
 from imf_kernels.models.step_tables import Modulation, StepTables
 from imf_kernels.rows import Rows
 
@@ -58,6 +59,34 @@ class Estimator(nn.Module):
         """State `(T, C)` and conditions `(branches, T, D)` to `(branches * T, C)`.
 
         `rows` are those of all branches. What it says of frames of no row means nothing.
+        """
+        raise NotImplementedError
+
+    @property
+    def cache_sizes(self) -> CacheSizes:
+        """What `extend` keeps of the frames that it has evaluated.
+
+        Raises:
+            ValueError: a model whose frames depend on all later ones.
+        """
+        raise NotImplementedError
+
+    def extend(
+        self, x: Tensor, conditions: Tensor, modulation: Modulation, extension: Extension
+    ) -> Tensor:
+        """The velocity of new frames alone, as with the streaming mask over whole rows.
+
+        Exact if each row has been extended by whole blocks of `config.chunk` frames before. Without
+        gradients.
+
+        Args:
+            x: State of the new frames `(T, C)`, the rows behind one another.
+            conditions: What `prepare` makes of these frames, `(branches, T, D)`.
+            modulation: Of one row for all, or of every row of every branch.
+            extension: From a `Cache`, of the rows of all branches, conditional ones first.
+
+        Returns:
+            `(branches * T, C)` in the model's dtype.
         """
         raise NotImplementedError
 

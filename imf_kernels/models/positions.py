@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from imf_kernels.models.scope import Scope
 from imf_kernels.ops import grouped_conv_mish
 from imf_kernels.rows import Rows
 
@@ -50,10 +51,10 @@ class ConvPositionEmbedding(nn.Module):
         super().__init__()
         self.conv1d = nn.ModuleDict({"0": GroupedConv(dim), "2": GroupedConv(dim)})
 
-    def forward(self, x: Tensor, rows: Rows, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, scope: Scope, residual: Tensor | None = None) -> Tensor:
         """`(T, dim)`, plus the residual; zero where there is no row."""
         first, second = self.conv1d.values()
-        return second(first(x, rows, False), rows, False, residual)
+        return second(first(x, scope.rows, False), scope.rows, False, residual)
 
 
 class CausalConvPositionEmbedding(nn.Module):
@@ -64,10 +65,24 @@ class CausalConvPositionEmbedding(nn.Module):
         self.conv1 = nn.ModuleList([GroupedConv(dim)])
         self.conv2 = nn.ModuleList([GroupedConv(dim)])
 
-    def forward(self, x: Tensor, rows: Rows, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, scope: Scope, residual: Tensor | None = None) -> Tensor:
         """`(T, dim)`, plus the residual; zero where there is no row."""
-        h = self.conv1[0](x, rows, True)
-        return self.conv2[0](h, rows, True, residual)
+        h = self.conv1[0](scope.preceded(x), scope.rows, True)
+        return self.conv2[0](scope.preceded(h), scope.rows, True, residual)
+
+
+class Rope(NamedTuple):
+    """Rotary angles `(P, head_dim)`, of the places that frames have in these rows."""
+
+    angles: Tensor
+    rows: Rows
+
+    @staticmethod
+    def of_frames(angles: Tensor) -> Rope:
+        """An angle of its own for each of T frames."""
+        frames = angles.shape[0]
+        length = torch.full((1,), frames, device=angles.device)
+        return Rope(angles, Rows.padded(length, frames))
 
 
 class RotaryEmbedding(nn.Module):
@@ -99,7 +114,11 @@ class RotaryEmbedding(nn.Module):
         self._restore(self.inv_freq.device)
 
     def forward(self, frames: int) -> Tensor:
-        """`(frames, head_dim)` float32: cosines of the angles, then sines."""
-        n = torch.arange(frames, device=self.inv_freq.device, dtype=torch.float64)
-        angles = torch.outer(n, self.inv_freq.double())  # in float32 1e-4 rad off at 3,000 frames
+        """Of the first frames `(frames, head_dim)`, see `at`."""
+        return self.at(torch.arange(frames, device=self.inv_freq.device))
+
+    def at(self, position: Tensor) -> Tensor:
+        """`(T, head_dim)` float32: cosines of the angles at `(T,)`, then sines."""
+        # in float32 1e-4 rad off at 3,000 frames
+        angles = torch.outer(position.double(), self.inv_freq.double())
         return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
