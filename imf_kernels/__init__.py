@@ -17,6 +17,7 @@ from imf_kernels import (
     ops,
     sampler,
     solver,
+    streaming,
     teacher,
 )
 from imf_kernels.dispatch import backend, backends
@@ -42,5 +43,6 @@ __all__ = [
     "ops",
     "sampler",
     "solver",
+    "streaming",
     "teacher",
 ]

@@ -31,6 +31,7 @@ FLOORS = {
     "graphs": 4,
     "hosts": 5,
     "o3s": 4,
+    "streaming": 4,
 }
 ALWAYS_ALLOWED = {"torch", "imf_kernels", *sys.stdlib_module_names}
 ALLOWED = {"ops": {"triton"}}

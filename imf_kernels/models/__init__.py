@@ -14,6 +14,7 @@ from imf_kernels.models.conditioning import Conditioning, TensorSpec
 from imf_kernels.models.config import CausalUNetConfig, DiTConfig, TextConfig
 from imf_kernels.models.cosyvoice2 import CausalUNet
 from imf_kernels.models.dit import DiT
+from imf_kernels.models.scope import Cache
 from imf_kernels.models.step_tables import Modulation, StepTables
 from imf_kernels.models.students import Student, load_student, save_student
 from imf_kernels.models.time_embedding import TimeEmbedding, TimeEmbedMixer
@@ -21,6 +22,7 @@ from imf_kernels.models.token_encoder import EncoderStream, TokenEncoder
 
 __all__ = [
     "Baked",
+    "Cache",
     "CausalUNet",
     "CausalUNetConfig",
     "Conditioning",

@@ -100,7 +100,7 @@ class Baked:
 
     def to(self, device: torch.device | str) -> Baked:
         """On another device; the model itself moves."""
-        tables = StepTables(self.tables.blocks.to(device), self.tables.final.to(device))
+        tables = self.tables.to(device)
         return Baked(self.model.to(device), self.grids, tables, self.nbytes_before)
 
     def save(self, path: str | Path) -> None:

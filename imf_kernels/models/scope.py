@@ -8,7 +8,7 @@ and the last inputs of every convolution, evaluates new blocks alone, exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +71,10 @@ class Cache:
         shape = (sizes.layers, frames + 1, 2, sizes.heads, sizes.head_dim)
         self.kv = torch.empty(shape, dtype=dtype, device=device)
         self.inputs = self.kv.new_zeros(slots, sizes.lead * sum(sizes.widths))
+
+    @property
+    def nbytes(self) -> int:
+        return self.kv.nbytes + self.inputs.nbytes
 
     @property
     def nbytes_of_frame(self) -> int:
@@ -177,7 +181,7 @@ class Extension:
 Scope = Whole | Extension
 
 
-def to_device(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Integers from the host as int64, without waiting for the device."""
+def to_device(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Integers, in nested lists, as int64, without waiting for the device."""
     cuda = device.type == "cuda"
-    return torch.tensor(values, pin_memory=cuda).to(device, non_blocking=cuda)
+    return torch.tensor(values, dtype=torch.int64, pin_memory=cuda).to(device, non_blocking=cuda)

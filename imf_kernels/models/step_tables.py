@@ -40,6 +40,9 @@ class StepTables(NamedTuple):
     def at(self, step: int) -> Modulation:
         return Modulation(self.blocks[step].unbind(1), self.final[step])
 
+    def to(self, device: torch.device | str) -> StepTables:
+        return StepTables(self.blocks.to(device), self.final.to(device))
+
     @property
     def nbytes(self) -> int:
         return self.blocks.nbytes + self.final.nbytes

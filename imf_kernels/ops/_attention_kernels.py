@@ -98,7 +98,7 @@ def _forward_kernel(
             seen = kv_length
             if HAS_CHUNK:
                 chunk = tl.load(p_chunk + row).to(tl.int32)
-                b_seen = ((before + o_m) // chunk + 1) * chunk
+                b_seen = tl.minimum(((before + o_m) // chunk + 1) * chunk, kv_length)
                 last = before + tl.minimum(first + BLOCK_M, length) - 1
                 seen = tl.minimum((last // chunk + 1) * chunk, kv_length)
             b_max = tl.full([BLOCK_M], float("-inf"), ACC)
@@ -106,12 +106,12 @@ def _forward_kernel(
             b_out = tl.zeros([BLOCK_M, DH], ACC)
             for n in range(0, seen, BLOCK_N):
                 o_key = (n + o_n).to(tl.int64) * stride_frame
-                m_n = n + o_n < kv_length
+                m_n = n + o_n < seen
                 b_k = tl.load(p_k + o_key[None, :] + o_d[:, None], mask=m_n[None, :], other=0.0)
                 b_s = dot(b_q, b_k, ACC) * scale
                 sees = m_n[None, :]
                 if HAS_CHUNK:
-                    sees = sees & ((n + o_n)[None, :] < b_seen[:, None])
+                    sees = (n + o_n)[None, :] < b_seen[:, None]
                 b_s = tl.where(sees, b_s, float("-inf"))
                 b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
                 b_p = tl.exp2(b_s - b_new_max[:, None])
@@ -122,6 +122,7 @@ def _forward_kernel(
                 b_out += dot(b_p.to(dtype), b_v, ACC)
                 b_max = b_new_max
             b_out = b_out / b_sum[:, None]
+            start = tl.load(p_starts + row).to(tl.int64)  # kept over the loop, it would spill
             o_out = (start + o_m)[:, None] * (HEADS * DH) + head * DH + o_d[None, :]
             tl.store(p_out + o_out, b_out.to(dtype), mask=m_m[:, None])
             p_row = p_lse + head.to(tl.int64) * frames + start
