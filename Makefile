@@ -16,10 +16,11 @@ installed := $(VENV)/.imf_kernels-installed
 client := $(VENV)/.f5_tts-installed
 log := $(VENV)/imf_kernels-install.log
 
-.PHONY: help demo test test-hosts test-build test-gpu bench-cpu bench-gpu bench-gpu-full count kernels lint clean
+.PHONY: help demo test test-hosts test-build test-gpu bench-cpu bench-streaming bench-gpu \
+	bench-gpu-full count kernels lint clean
 
 help: ## This list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 demo: $(installed) ## The whole method on real audio, on a laptop (options: ARGS=...)
 	$(py) -m examples.quickstart $(ARGS)
@@ -45,6 +46,10 @@ bench-gpu-full: $(installed) ## The same, every column for every shape (hours: i
 bench-cpu: $(client) ## F5-TTS's own sampler against ours on this CPU (10 minutes)
 	OMP_NUM_THREADS=2 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1000000000 \
 		$(py) -m benchmarks.f5_sampler --out benchmarks/results/cpu/f5_sampler.json $(ARGS)
+
+bench-streaming: $(installed) ## Streams against solving the prefix again, on this CPU (10 minutes)
+	OMP_NUM_THREADS=2 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1000000000 \
+		$(py) -m benchmarks.streaming --out benchmarks/results/cpu/streaming.json $(ARGS)
 
 count: $(installed) ## Operations, FLOPs and bytes of one evaluation, beside F5-TTS's own
 	$(py) -m benchmarks.count $(ARGS)

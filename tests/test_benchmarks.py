@@ -16,6 +16,7 @@ from benchmarks import (
     plain,
     rollout,
     solver_graphs,
+    streaming,
     timing,
     training,
     workload,
@@ -64,6 +65,21 @@ def test_solver_graphs_on_the_cpu(tmp_path, monkeypatch, capsys):
     assert {row["prepare"] for row in results["rows"]} == {"inside", "outside"}
     assert set(results["new_grid_ms"]) == {"tiny, NFE 2"}
     assert "ours" in capsys.readouterr().out
+
+
+def test_streaming_on_the_cpu(tmp_path, monkeypatch, capsys):
+    rows = run(streaming, "--quick --threads 1", tmp_path / "streaming.json", monkeypatch)["rows"]
+    assert len(rows) == 2 * 3 * 2
+    for row in rows:
+        evaluations = row["nfe"] * (1 + row["guided"])
+        blocks = row["seconds"]
+        assert row["frames_evaluated"]["incremental"] == evaluations * 50 * blocks
+        assert row["frames_evaluated"]["prefix"] == evaluations * 25 * blocks * (blocks + 1)
+        assert row["max_relative_rms"] <= 1e-5
+        assert row["ratio"] > 0
+        assert 0 < row["last_block_ms"]["prefix"] <= row["ms"]["prefix"]
+        assert row["stream_bytes"] > 0
+    assert "prefix" in capsys.readouterr().out
 
 
 def test_ops_on_the_cpu(tmp_path, monkeypatch):
