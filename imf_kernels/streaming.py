@@ -42,7 +42,7 @@ class Streams:
     """A pool of memory and the streams that live in it, stepped together.
 
     Any thread may call any method, also of the streams; one call runs at a time. On CUDA all calls
-    belong on one CUDA stream. Nothing waits for the device.
+    belong on one CUDA stream, and no step waits for the device.
 
     Args:
         model: A `CausalUNet`, a `DiT` with causal convolutions, or a `Baked` one. Its step tables
@@ -55,7 +55,7 @@ class Streams:
 
     Attributes:
         frames_evaluated: Frames that the model was asked for so far, counted at every step and in
-            every branch.
+            every branch. (Two more in front of a stream's new ones pass through a `CausalUNet`.)
         nbytes: What the pool holds, for all that may be open.
 
     Raises:
@@ -196,17 +196,16 @@ class Streams:
         if not streams:
             return
         work = [stream._work for stream in streams]
-        branches = range(self.branches)
-        lines = [item.step * self.branches + branch for branch in branches for item in work]
         sizes = [len(item.x) for item in work]
-        rows, every = list(zip(lines, streams * self.branches, strict=True)), self.branches
+        rows = [(branch, stream) for branch in range(self.branches) for stream in streams]
+        lines = [stream._work.step * self.branches + branch for branch, stream in rows]
         extension = self._cache.extension(
-            sizes * every,
-            [item.first for item in work] * every,
-            [line * self.frames + stream._first for line, stream in rows],
-            [line * self.streams + stream._slot for line, stream in rows],
+            sizes * self.branches,
+            [stream._work.first for _, stream in rows],
+            [line * self.frames + of._first for line, (_, of) in zip(lines, rows, strict=True)],
+            [line * self.streams + of._slot for line, (_, of) in zip(lines, rows, strict=True)],
         )
-        steps = to_device([item.step for item in work] * every, self.device)
+        steps = to_device([stream._work.step for _, stream in rows], self.device)
         modulation = Modulation(
             self._tables.blocks[steps, 0].unbind(1), self._tables.final[steps, 0]
         )

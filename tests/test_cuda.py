@@ -6,6 +6,7 @@ import torch
 from imf_kernels import Batch, IntMeanFlow, Teacher, backend, fp8, sampler
 from imf_kernels.models.config import FP8_LAYERS
 from imf_kernels.ops.fp8_linear import runs_on
+from imf_kernels.streaming import Streams
 from tests.models.tools import VARIANTS, conditions, relative_rms, small_model
 
 pytestmark = pytest.mark.gpu
@@ -44,6 +45,24 @@ def test_a_solve_never_waits_for_the_device(on_cuda, no_sync):
     teacher.integrate(z, t, r, 4, cond, keep=True)
     sampler.sample(model, z, cond, "sway", nfe=3, guidance=2.0)
     sampler.sample(model, z, cond, [0.0, 0.3, 1.0], guidance=2.0)
+
+
+@pytest.mark.parametrize("w", [None, 1.7])
+def test_a_stream_never_waits_for_the_device(w, request):
+    model, said = small_model("cosyvoice3").cuda(), torch.randn(2, 120, 12, device="cuda")
+    spks, prompt = torch.randn(12, device="cuda"), torch.zeros(1, 120, 12, device="cuda")
+    cond = model.prepare(prompt, mu=said[:1], spks=spks[None], guided=w is not None, streaming=True)
+    want = sampler.sample(model, said[1:], cond, "cosine", nfe=2, guidance=w)[0]
+    streams = Streams(model, "cosine", 2, guidance=w, frames=120)
+    request.getfixturevalue("no_sync")
+    with streams.open(120, spks=spks, noise=said[1]) as stream:
+        for mu in said[0].split(30):
+            stream.feed(mu)
+            streams.step()
+        stream.finish()
+        mel = stream.drain()
+    torch.cuda.set_sync_debug_mode("default")
+    assert relative_rms(mel, want) <= 1e-5
 
 
 def test_kernels_solve_as_the_reference_does(on_cuda):

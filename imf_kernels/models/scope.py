@@ -41,7 +41,8 @@ class Whole(NamedTuple):
 
 class CacheSizes(NamedTuple):
     """What a family keeps: keys and values of `layers`, of each frame; of each row the last `lead`
-    inputs of its convolutions, which have `widths` channels, in the order of evaluation."""
+    inputs of its convolutions, which have `widths` channels, in the order of evaluation. `chunk`
+    is the frames of a block."""
 
     layers: int
     heads: int
@@ -49,7 +50,6 @@ class CacheSizes(NamedTuple):
     lead: int
     widths: tuple[int, ...]
     chunk: int
-    """Frames of a block."""
 
 
 class Cache:
