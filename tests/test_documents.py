@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import buckets
 from imf_kernels.hosts.f5_tts import F5TTS
+from imf_kernels.models.token_encoder import LookaheadEncoder
 from tests.hosts.cosyvoice_host import HostCFM, HostFlow, small
 from tests.models.tools import small_model
 
@@ -37,8 +38,10 @@ def clients(tmp_path):
     """What the README's reader has: live objects of the clients, in small, and data for them."""
     cfm = F5TTS(small_model("f5_v1", channels=100), vocab_char_map={"a": 0, "b": 1, "c": 2})
     flow = Flow(HostCFM(small("dit"), inference_cfg_rate=0.7))
+    encoder = LookaheadEncoder(vocab=10, channels=80, speaker=12, inner=16, lookahead=3)
+    decoder = {name: value for name, value in flow.state_dict().items() if "decoder." in name}
     (tmp_path / "pretrained").mkdir()
-    torch.save(flow.state_dict(), tmp_path / "pretrained" / "flow.pt")
+    torch.save(encoder.state_dict() | decoder, tmp_path / "pretrained" / "flow.pt")
     mels, lens = torch.randn(2, 40, 100), torch.tensor([40, 23])
     batch = {
         "token": torch.randint(10, (2, 30)),
@@ -47,13 +50,18 @@ def clients(tmp_path):
         "speaker": torch.randn(2, 12),
         "streaming": False,
     }
-    prompt = {"prompt": mels[:1], "text": "abcab", "texts": ["abc", "cab"]}
-    return {"cfm": cfm, "flow": flow, "mels": mels, "lens": lens, "batch": batch} | prompt
+    texts = {"prompt": mels[:1], "text": "abcab", "texts": ["abc", "cab"]}
+    tokens = {"prompt_tokens": torch.arange(10), "tokens": torch.randint(10, (5, 9))}
+    voice = {"prompt_mel": torch.randn(20, 80), "speaker": torch.randn(1, 12)}
+    given = {"cfm": cfm, "flow": flow, "mels": mels, "lens": lens, "batch": batch}
+    return given | texts | tokens | voice
 
 
 def test_readme(tmp_path, monkeypatch):
-    given = clients(tmp_path) | {"device": torch.device("cpu")}
+    played: list[torch.Tensor] = []
+    given = clients(tmp_path) | {"device": torch.device("cpu"), "play": played.append}
     names = run(README, tmp_path, monkeypatch, **given)
+    assert [len(mel) for mel in played] == [0, 0, 30, 0, 0, 50, 10]
     assert (tmp_path / "o3s.json").exists()
     assert names["mel"].shape == (8, 120, 80)
 

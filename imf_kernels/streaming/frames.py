@@ -1,21 +1,4 @@
-"""Streams of speech, solved block by block as their conditions arrive, many at once.
-
-Under the streaming mask a solve of whole blocks never depends on later frames, at any Euler step.
-So each step keeps keys, values and convolution inputs of its own of the frames so far, and every
-frame is evaluated once a step, however the conditions are cut: the result is that of one solve of
-the whole row under the streaming mask. For `CausalUNet` (CosyVoice2) and causal `DiT`s
-(CosyVoice3), guided teachers and students alike.
-
-    streams = Streams(student, "uniform", nfe=2, frames=3000, streams=4)
-    with streams.open(1500, spks=spks, noise=torch.Generator(), prompt=prompt) as stream:
-        for mu in features:  # of the prompt's frames first
-            stream.feed(mu)
-            play(stream.drain())
-        stream.finish()
-        play(stream.drain())
-
-A server feeds its streams, calls `streams.step()` while there is work, and takes what is finished.
-"""
+"""A pool of streams that take frame-level features, and their common Euler steps."""
 
 from __future__ import annotations
 
@@ -283,6 +266,20 @@ class Stream:
         return cached + sum(tensor.nbytes for tensor in inputs)
 
     @property
+    def channels(self) -> int:
+        """Channels C of conditions and mels."""
+        return self._noise.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self._pool.device
+
+    @property
+    def fed(self) -> int:
+        """Frames that it was given conditions of."""
+        return self._fed
+
+    @property
     def busy(self) -> bool:
         """Whether `Streams.step` has something to do for it."""
         return not self._closed and (self._work is not None or self._ready > self._solved)
@@ -294,9 +291,9 @@ class Stream:
             RuntimeError: the stream is finished or closed.
             ValueError, TypeError: frames beyond `max_frames`, or what is no such tensor.
         """
-        checks.shape("mu", mu, "n", self._mu.shape[1])
+        checks.shape("mu", mu, "n", self.channels)
         checks.floating("mu", mu)
-        checks.same_device("mu", mu, self._mu.device)
+        checks.same_device("mu", mu, self.device)
         with self._pool._lock, torch.no_grad():
             self._check_open()
             self._check_unfinished()
@@ -309,25 +306,46 @@ class Stream:
             self._mu[self._fed : fed] = mu
             self._fed = fed
 
-    def finish(self, *, full_attention: bool = False) -> None:
+    def finish(self, *, full_attention: bool = False, mu: Tensor | None = None) -> None:
         """No more conditions will come: what remains of the last block is solved as well.
 
         With `full_attention`, all frames are solved once more as one row without the streaming
         mask, as CosyVoice does with its last chunk, and what is not yet on its way is emitted from
         that solve.
 
+        Args:
+            mu: With `full_attention`, the conditions of all frames `(n, C)` in the place of those
+                that were fed, such as an encoder gives without a streaming mask of its own.
+
         Raises:
             RuntimeError: the stream is finished or closed.
-            ValueError: conditions of fewer frames than the prompt has.
+            ValueError, TypeError: conditions of fewer frames than the prompt has, or `mu` of other
+                frames than those fed and more.
         """
-        with self._pool._lock:
+        with self._pool._lock, torch.no_grad():
             self._check_open()
             self._check_unfinished()
+            if mu is not None:
+                self._replace(mu, full_attention)
             if self._fed < self._start:
                 raise ValueError(
                     f"mu: expected conditions of the prompt's {self._start} frames, got {self._fed}"
                 )
             self._finished, self._full = True, full_attention
+
+    def _replace(self, mu: Tensor, full_attention: bool) -> None:
+        """Conditions of all frames in the place of those that were fed."""
+        if not full_attention:
+            raise ValueError("mu: expected None without full_attention, got a tensor")
+        checks.shape("mu", mu, "n", self.channels)
+        checks.floating("mu", mu)
+        checks.same_device("mu", mu, self.device)
+        if not self._fed <= len(mu) <= self.max_frames:
+            raise ValueError(
+                f"mu: expected conditions of {self._fed} to {self.max_frames} frames, got {len(mu)}"
+            )
+        self._mu[: len(mu)] = mu
+        self._fed = len(mu)
 
     def take(self) -> Tensor:
         """The frames `(n, C)` that were finished since the last call, float32; n may be 0."""
