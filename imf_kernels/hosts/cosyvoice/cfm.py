@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from imf_kernels import checks, grids, guidance, masks, sampler
+from imf_kernels.graphs import DEFAULT, GraphSampler
 from imf_kernels.hosts.cosyvoice.estimator import Estimator, Model, lengths_of, prepare
+from imf_kernels.hosts.replays import Replays
 from imf_kernels.objectives import Batch
 
 NOISE_FRAMES = 15000
@@ -70,6 +72,7 @@ class CFM(nn.Module):
         self.objective = objective
         self.returns = returns
         self.training_times = training_times
+        self._replays = Replays()
 
     @property
     def model(self) -> Model:
@@ -79,6 +82,34 @@ class CFM(nn.Module):
                 f"estimator: expected an Estimator, got {type(self.estimator).__name__}"
             )
         return self.estimator.model
+
+    def capture(
+        self,
+        nfe: int | None = None,
+        *,
+        buckets: Iterable[tuple[int, ...]] = DEFAULT,
+        slots: int = 1,
+    ) -> GraphSampler:
+        """Replay later solves from CUDA graphs; elsewhere than on CUDA they run as before.
+
+        Those of `nfe` evaluations that are not streaming. After a change of weights call the
+        sampler's `refresh()`.
+
+        Args:
+            nfe: None: this object's own, or that of its times; 10 where it has none.
+            buckets, slots: See `graphs.GraphSampler`, which this returns.
+        """
+        if nfe is None and self.nfe is None:
+            nfe = 10 if isinstance(self.grid, str) else len(self.grid) - 1
+        nfe = self.nfe if nfe is None else nfe
+        return self._replays.capture(self.model, nfe, self._w, buckets, slots)
+
+    @property
+    def _w(self) -> float | None:
+        """Of a teacher's solves; a student has its guidance within."""
+        if not self.inference_cfg_rate or self.model.config.mixer:
+            return None
+        return guidance.from_cosyvoice(self.inference_cfg_rate)
 
     @torch.no_grad()
     def forward(
@@ -136,16 +167,18 @@ class CFM(nn.Module):
             ends = [(z[:, :, :prompt_len], z[:, :, -OVERLAP:]) for z in (x, mu.float())]
             overlap = torch.stack([torch.cat(parts, dim=2) for parts in ends], dim=-1)
 
-        w = None
-        if self.inference_cfg_rate and not self.model.config.mixer:
-            w = guidance.from_cosyvoice(self.inference_cfg_rate)
-        given = prepare(self.model, mask, mu, spks, cond, streaming, guided=w is not None)
+        w, lengths, x = self._w, lengths_of(mask), x.mT.contiguous()
         nfe = n_timesteps if self.nfe is None and isinstance(self.grid, str) else self.nfe
-        mel = sampler.sample(
-            self.model, x.mT.contiguous(), given, self.grid, nfe=nfe, guidance=w
-        ).mT
-        inside = masks.inside(given["lengths"][: len(x)], mel.shape[2])
-        mel = mel.masked_fill(~inside[:, None], 0.0)
+        grid = grids.make(self.grid, nfe)
+        graphs = None if streaming else self._replays.of(self.model, grid, w)
+        if graphs is None:
+            given = prepare(self.model, mask, mu, spks, cond, streaming, guided=w is not None)
+            mel = sampler.sample(self.model, x, given, grid, guidance=w)
+        else:
+            said = {"prompt": cond.mT, "mu": mu.mT, "spks": spks, "lengths": lengths}
+            mel = graphs.sample(x, grid=grid, conditions=said, guidance=w)
+        inside = masks.inside(lengths, mel.shape[1])
+        mel = mel.masked_fill(~inside[:, :, None], 0.0).mT
         return mel if self.returns == "tensor" else (mel, overlap)
 
     def _noise(self, mu: Tensor, noise: Tensor | None) -> Tensor:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from imf_kernels import checks, grids, guidance, masks, sampler
+from imf_kernels.graphs import DEFAULT, GraphSampler
 from imf_kernels.hosts.f5_tts import inputs
+from imf_kernels.hosts.replays import Replays
 from imf_kernels.models import Conditioning, DiT
 from imf_kernels.objectives import Batch, IntMeanFlow
 from imf_kernels.solver import solve
@@ -79,6 +82,7 @@ class F5TTS(nn.Module):
         self.grid = grids.make("uniform" if grid is None else grid, nfe) if given else None
         self.guidance = guidance
         self.upstream_padding = upstream_padding
+        self._replays = Replays()
 
     @property
     def num_channels(self) -> int:
@@ -150,6 +154,29 @@ class F5TTS(nn.Module):
 
     # -- sampling -------------------------------------------------------------------------------
 
+    def capture(
+        self,
+        nfe: int | None = None,
+        *,
+        guidance: float | None = 3.0,
+        buckets: Iterable[tuple[int, ...]] = DEFAULT,
+        slots: int = 1,
+    ) -> GraphSampler:
+        """Replay later solves from CUDA graphs; elsewhere than on CUDA they run as before.
+
+        Those of `nfe` evaluations, with guidance or without as here, that ask for neither
+        trajectory nor gradients. After a change of weights call the sampler's `refresh()`.
+
+        Args:
+            nfe: None: that of the host's own grid.
+            guidance: Whether the solves are guided; a student's are not. The w is each call's own.
+            buckets, slots: See `graphs.GraphSampler`, which this returns.
+        """
+        if nfe is None and self.grid is not None:
+            nfe = len(self.grid) - 1
+        w = None if self.distilled else guidance
+        return self._replays.capture(self.transformer, nfe, w, buckets, slots)
+
     def sample(
         self,
         cond: Tensor,
@@ -220,24 +247,30 @@ class F5TTS(nn.Module):
             kept = kept[:, :, None]
 
             x = inputs.noise(durations, channels, seed, self.device)
+            prompt = mel.masked_fill(~kept, 0.0)
             guided = cfg_strength >= UNGUIDED and not self.distilled
-            prepared = self._prepare(mel.masked_fill(~kept, 0.0), lengths, durations, ids, guided)
             w = guidance.from_f5(cfg_strength) if guided else None
-            if duplicate_test:
+            grid = self.grid
+            if grid is None:
+                grid = inputs.times(steps, sway_sampling_coef, use_epss)
+            graphs = self._replays.of(self.transformer, grid, w)
+            if duplicate_test or trajectory or grad or self.upstream_padding:
+                graphs = None
+            if graphs is not None:
+                states = _replayed(graphs, x, durations, prompt, ids, grid, w)
+            elif duplicate_test:
                 if self.grid is not None:
                     raise ValueError("duplicate_test: expected False for a host with its own grid")
+                prepared = self._prepare(prompt, lengths, durations, ids, guided)
                 behind = F.pad(heard, (0, 0, prompt_frames, frames - 2 * prompt_frames))
                 x = torch.lerp(x, behind, t_inter)
                 late = inputs.late_times(t_inter, steps, sway_sampling_coef).to(self.device)
                 states = self._solve(x, late, prepared, w, trajectory)
             else:
-                grid = self.grid
-                if grid is None:
-                    grid = inputs.times(steps, sway_sampling_coef, use_epss)
                 states = sampler.sample(
                     self.transformer,
                     x,
-                    prepared,
+                    self._prepare(prompt, lengths, durations, ids, guided),
                     grid,
                     guidance=w,
                     intermediates=trajectory,
@@ -368,6 +401,24 @@ class F5TTS(nn.Module):
             return torch.full((rows,), value, device=self.device)
         checks.shape(name, value, rows)
         return value.to(self.device, torch.int64)
+
+
+def _replayed(
+    graphs: GraphSampler,
+    x: Tensor,
+    durations: Sequence[int],
+    prompt: Tensor,
+    text: Tensor,
+    grid: Tensor,
+    w: float | None,
+) -> Tensor:
+    """The last state, `(B, N, C)`, of rows as long as their durations."""
+    noise = [row[:n] for row, n in zip(x, durations, strict=True)]
+    heard = [row[:n] for row, n in zip(prompt, durations, strict=True)]
+    given = {"prompt": heard, "text": text}
+    return pad_sequence(
+        graphs.sample(noise, grid=grid, conditions=given, guidance=w), batch_first=True
+    )
 
 
 def _described(model: Any) -> str:
