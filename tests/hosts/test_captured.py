@@ -8,11 +8,9 @@ import torch
 
 from imf_kernels.hosts.cosyvoice import CFM
 from imf_kernels.hosts.f5_tts import F5TTS
-from tests.graphs.conftest import taped
 from tests.hosts.cosyvoice_host import host_inputs, small
 from tests.models.tools import relative_rms, small_model
 
-__all__ = ["taped"]
 BUCKETS = [(1, 40), (2, 40)]
 
 

@@ -1,0 +1,3 @@
+from tests.graphs.conftest import taped
+
+__all__ = ["taped"]
