@@ -21,13 +21,16 @@ from imf_kernels import (
     teacher,
 )
 from imf_kernels.dispatch import backend, backends
-from imf_kernels.objectives import Batch, IntMeanFlow
+from imf_kernels.objectives import Batch, DSFlow, IntMeanFlow, MeanFlow, SplitMeanFlow
 from imf_kernels.teacher import Teacher
 from imf_kernels.version import __version__
 
 __all__ = [
     "Batch",
+    "DSFlow",
     "IntMeanFlow",
+    "MeanFlow",
+    "SplitMeanFlow",
     "Teacher",
     "__version__",
     "backend",

@@ -44,3 +44,9 @@ class Batch:
     def valid(self) -> Tensor:
         """Frames within the rows' lengths, bool `(B, N)`."""
         return masks.inside(self.lengths, self.x1.shape[1])
+
+    def counted(self, region: str) -> Tensor:
+        """Frames that count in the loss, bool `(B, N)`: of the "span" (`loss_mask`), or "all"."""
+        if region == "span" and self.loss_mask is not None:
+            return self.valid() & self.loss_mask
+        return self.valid()

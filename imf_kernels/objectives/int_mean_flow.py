@@ -24,8 +24,8 @@ from imf_kernels.objectives.rollouts import (
     TeacherRollout,
     draw_pairs,
 )
+from imf_kernels.objectives.students import Prepared
 from imf_kernels.ops.mean_velocity_loss import mean_velocity_loss
-from imf_kernels.solver import model_dtype
 from imf_kernels.teacher import Teacher
 
 
@@ -118,19 +118,12 @@ class IntMeanFlow:
 
     def loss(self, student: Any, rollout: TeacherRollout) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's part: one evaluation with gradient per target."""
-        batch = rollout.batch
-        # a wrapper such as DistributedDataParallel has its student within
-        inner = student if hasattr(student, "prepare") else student.module
-        cond = inner.prepare(lengths=batch.lengths, **batch.conditions)
-        mask = batch.valid()
-        if self.region == "span" and batch.loss_mask is not None:
-            mask = mask & batch.loss_mask
+        student = Prepared(student, rollout.batch)
+        mask = rollout.batch.counted(self.region)
         losses, row_errors, lengths = [], [], []
         for target in self._targets(rollout):
-            z = target.z.to(model_dtype(inner, target.z.dtype))
-            u = student(z, target.t, target.r, cond)
             loss, rows = mean_velocity_loss(
-                u,
+                student(target.z, target.t, target.r),
                 target.displacement,
                 target.t,
                 target.r,

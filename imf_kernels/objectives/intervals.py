@@ -61,3 +61,35 @@ class Intervals:
         boundary = kind >= 1 - self.boundary
         t, r = torch.where(boundary, start, t), torch.where(boundary, start, r)
         return t, r
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitNormal:
+    """Both times are `sigmoid(N(mean, std))`, sorted (MeanFlow's own, in our direction of time).
+
+    Attributes:
+        mean, std: Of the normal distribution; a mean above 0 prefers times near the data.
+        boundary: Share of rows with r = t.
+    """
+
+    mean: float = 0.4
+    std: float = 1.0
+    boundary: float = 0.75
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ValueError(f"std: expected a number > 0, got {self.std}")
+        if not 0 <= self.boundary <= 1:
+            raise ValueError(f"boundary: expected a share in [0, 1], got {self.boundary}")
+
+    def draw(
+        self,
+        rows: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Intervals.draw`."""
+        kind = draws.uniform((rows,), generator, device)
+        times = self.mean + self.std * draws.normal_like(kind.new_empty(2, rows), generator)
+        t, r = times.sigmoid().sort(dim=0).values
+        return t, torch.where(kind < self.boundary, t, r)

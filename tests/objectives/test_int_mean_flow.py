@@ -11,34 +11,9 @@ from imf_kernels import Batch, IntMeanFlow, Teacher
 from imf_kernels.objectives import Intervals, RolloutCache, TeacherRollout
 from imf_kernels.objectives.rollouts import draw_pairs
 from tests.flows import FLOWS, GUIDED, Gaussian, Linear, MeanVelocity, relative_error
+from tests.objectives.tools import Scale, Wrapped, batch, seeded
 
 FULL = Intervals(full=1.0)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def batch(rows=6, frames=5, channels=2, dtype=torch.float64, lengths=None, **more):
-    x1 = torch.randn(rows, frames, channels, generator=seeded(99), dtype=dtype)
-    lengths = torch.full((rows,), frames) if lengths is None else torch.tensor(lengths)
-    return Batch(x1, lengths, **more)
-
-
-class Scale(nn.Module):
-    """A student of one weight per input that knows how it was called."""
-
-    def __init__(self, dtype=torch.float32):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([0.3, -0.2], dtype=dtype))
-        self.inputs = []
-
-    def prepare(self, lengths, **conditions):
-        return {"lengths": lengths, **conditions}
-
-    def forward(self, x, t, r, cond):
-        self.inputs.append((x, t, r, cond))
-        return self.weight[0] * x + self.weight[1]
 
 
 # -- the target -----------------------------------------------------------------------------------
@@ -556,16 +531,6 @@ def test_one_target_keeps_only_the_ends():
 
 
 def test_a_wrapped_student_trains():
-    """As within DistributedDataParallel: `prepare` belongs to the module inside."""
-
-    class Wrapped(torch.nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-        def forward(self, *args):
-            return self.module(*args)
-
     inner = Scale(torch.float64)
     objective = IntMeanFlow(Teacher(Linear(-1.2, 0.7)), nfe=2, generator=seeded())
     loss, _ = objective(Wrapped(inner), batch())

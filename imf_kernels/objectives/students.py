@@ -1,0 +1,60 @@
+"""The student's side of every objective: evaluated within or through its wrapper, regressed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imf_kernels.objectives.batch import Batch
+from imf_kernels.ops import mean_velocity_loss
+from imf_kernels.solver import model_dtype
+
+
+class Prepared:
+    """A student with a batch's conditioning: `prepared(z, t, r)` is its mean velocity.
+
+    Evaluations go through the wrapper (DistributedDataParallel), if there is one: it synchronises
+    gradients in its own forward. `inner` is the student itself, `cond` what it prepared.
+
+    Raises:
+        TypeError: a wrapper outside of whose forward the student has no weights.
+    """
+
+    def __init__(self, student: Any, batch: Batch, **conditions: Any) -> None:
+        self.outer = student
+        self.inner = self.unwrapped(student)
+        self.cond = self.inner.prepare(lengths=batch.lengths, **batch.conditions, **conditions)
+
+    @staticmethod
+    def unwrapped(student: Any) -> Any:
+        """The student itself."""
+        if any(base.__name__ == "FullyShardedDataParallel" for base in type(student).__mro__):
+            raise TypeError(
+                "student: expected one under DistributedDataParallel or fully_shard, "
+                f"got {type(student).__name__}, outside of whose forward it has no weights"
+            )
+        return student if hasattr(student, "prepare") else student.module
+
+    def __call__(self, z: Tensor, t: Tensor, r: Tensor, *, inner: bool = False) -> Tensor:
+        model: Any = self.inner if inner else self.outer
+        return model(z.to(model_dtype(self.inner, z.dtype)), t, r, self.cond)
+
+
+def regress(
+    u: Tensor, target: Tensor, mask: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`ops.mean_velocity_loss` of `u` against a velocity, not a displacement: over [0, 1] the two
+    are one."""
+    start = target.new_zeros(len(target))
+    return mean_velocity_loss(u, target, start, start + 1, mask=mask, weights=weights)
+
+
+def scale(u: Tensor, velocity: Tensor, mask: Tensor) -> Tensor:
+    """The rms of `u` over that of `velocity`, where `mask` `(B, N)`; NaN where that is nowhere."""
+
+    def energy(x: Tensor) -> Tensor:
+        return x.detach().to(velocity.dtype).square().sum(-1).masked_fill(~mask, 0.0).sum()
+
+    return torch.sqrt(energy(u) / energy(velocity))

@@ -1,0 +1,47 @@
+"""Batches, a student of two weights, and a wrapper around one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from imf_kernels import Batch
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(rows=6, frames=5, channels=2, dtype=torch.float64, lengths=None, **more):
+    x1 = torch.randn(rows, frames, channels, generator=seeded(99), dtype=dtype)
+    lengths = torch.full((rows,), frames) if lengths is None else torch.tensor(lengths)
+    return Batch(x1, lengths, **more)
+
+
+class Scale(nn.Module):
+    """A student of one weight per input that knows how it was called."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.3, -0.2], dtype=dtype))
+        self.inputs = []
+
+    def prepare(self, lengths, **conditions):
+        return {"lengths": lengths, **conditions}
+
+    def forward(self, x, t, r, cond):
+        self.inputs.append((x, t, r, cond))
+        return self.weight[0] * x + self.weight[1]
+
+
+class Wrapped(nn.Module):
+    """As DistributedDataParallel: `prepare` belongs to the module inside."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.calls = 0
+
+    def forward(self, *args):
+        self.calls += 1
+        return self.module(*args)
