@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels.objectives.batch import Batch
-from imf_kernels.ops import mean_velocity_loss
+from imf_kernels.ops.mean_velocity_loss import mean_velocity_loss
 from imf_kernels.solver import model_dtype
 
 
