@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from imf_kernels import checks, masks
 from imf_kernels.models.conditioning import Conditioning
+from imf_kernels.models.linears import FusedLinears
 from imf_kernels.models.scope import CacheSizes, Extension
 from imf_kernels.models.step_tables import Modulation, StepTables
 from imf_kernels.rows import Rows
@@ -101,6 +102,17 @@ class Estimator(nn.Module):
     def channels(self) -> int:
         """Mel channels C."""
         return self.config.channels
+
+    def keep_weights_apart(self) -> None:
+        """Never again move weights that are read as one next to each other.
+
+        For `fully_shard`, which gathers each into a storage of its own and would go on doing so
+        where nobody reads. Objectives call it for a student that is sharded.
+        """
+        for module in self.modules():
+            for value in vars(module).values():
+                if isinstance(value, FusedLinears):
+                    value.movable = False
 
     def student(self, diagonal: float = 1.0) -> Self:
         """A copy that also takes `r`, through a mixer `[D 0]`, D = `diagonal` times the identity.

@@ -96,6 +96,9 @@ class FusedLinears:
     they are concatenated, which autograd splits again.
     """
 
+    movable = True
+    """False: the parameters stay where they lie, and are concatenated without gradients too."""
+
     def __init__(self) -> None:
         self.whole: tuple[Tensor | None, Tensor | None] = (None, None)
 
@@ -138,6 +141,9 @@ class FusedLinears:
     def fuse(self, layers: Sequence[Any]) -> tuple[Tensor, Any]:
         """Weights `(sum N, K)` and biases `(sum N,)`, or None for layers without."""
         weights, biases = _parameters(layers)
+        if not self.movable:
+            self.whole = None, None
+            return torch.cat(weights), torch.cat(biases) if biases else None
         weight, bias = self.whole
         self.whole = _fuse(weights, weight), _fuse(biases, bias) if biases else None
         return self.whole

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imf_kernels.objectives.batch import Batch
 from imf_kernels.ops.mean_velocity_loss import mean_velocity_loss
@@ -16,30 +16,33 @@ class Prepared:
     """A student with a batch's conditioning: `prepared(z, t, r)` is its mean velocity.
 
     Evaluations go through the wrapper (DistributedDataParallel), if there is one: it synchronises
-    gradients in its own forward. `inner` is the student itself, `cond` what it prepared.
+    gradients in its own forward. `inner` is the student itself, `cond` what it prepared. Under
+    `fully_shard`, register `prepare` as a forward method as well.
 
     Raises:
         TypeError: a wrapper outside of whose forward the student has no weights.
     """
 
     def __init__(self, student: Any, batch: Batch, **conditions: Any) -> None:
-        self.outer = student
-        self.inner = self.unwrapped(student)
-        self.cond = self.inner.prepare(lengths=batch.lengths, **batch.conditions, **conditions)
-
-    @staticmethod
-    def unwrapped(student: Any) -> Any:
-        """The student itself."""
         if any(base.__name__ == "FullyShardedDataParallel" for base in type(student).__mro__):
             raise TypeError(
                 "student: expected one under DistributedDataParallel or fully_shard, "
                 f"got {type(student).__name__}, outside of whose forward it has no weights"
             )
-        return student if hasattr(student, "prepare") else student.module
+        self.outer = student
+        self.inner = student if hasattr(student, "prepare") else student.module
+        if hasattr(self.inner, "keep_weights_apart") and _sharded(self.inner):
+            self.inner.keep_weights_apart()
+        self.cond = self.inner.prepare(lengths=batch.lengths, **batch.conditions, **conditions)
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor, *, inner: bool = False) -> Tensor:
         model: Any = self.inner if inner else self.outer
         return model(z.to(model_dtype(self.inner, z.dtype)), t, r, self.cond)
+
+
+def _sharded(model: nn.Module) -> bool:
+    """Whether weights are DTensors, as under `fully_shard`."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def regress(

@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from imf_kernels import dispatch
 from imf_kernels.objectives.batch import Batch
 from imf_kernels.objectives.students import Prepared
-from imf_kernels.solver import model_dtype
 
 STEP = 1e-4
 
@@ -37,6 +36,7 @@ def jvp(student: Any, batch: Batch, z: Tensor, t: Tensor, r: Tensor, v: Tensor) 
         z = forward_ad.make_dual(z, v)
         t = forward_ad.make_dual(t, torch.ones_like(t))
         u, tangent = forward_ad.unpack_dual(prepared(z, t, r, inner=True))
+        _check(u)
         return torch.zeros_like(u) if tangent is None else tangent.clone()
 
 
@@ -61,7 +61,7 @@ def difference(
     with _exact(student, batch, z) as prepared:
 
         def at(time: Tensor) -> Tensor:
-            return prepared(z + (time - t)[:, None, None] * v, time, r)
+            return _check(prepared(z + (time - t)[:, None, None] * v, time, r))
 
         change = at(after) - (at(before) if u is None else u.detach())
         return change / length.masked_fill(length == 0, 1.0)[:, None, None]
@@ -89,16 +89,17 @@ def verify(student: Any, batch: Batch, z: Tensor, v: Tensor) -> None:
         )
 
 
+def _check(u: Tensor) -> Tensor:
+    if u.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"student: expected float32 weights, over small steps in t, got a velocity in {u.dtype}"
+        )
+    return u
+
+
 @contextlib.contextmanager
 def _exact(student: Any, batch: Batch, z: Tensor) -> Iterator[Prepared]:
-    """The student prepared and evaluated as exactly as its weights allow, without gradient."""
-    inner = Prepared.unwrapped(student)
-    dtype = model_dtype(inner, z.dtype)
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"student: expected float32 weights, of which du/dt has digits, got {dtype} "
-            "(autocast may be on)"
-        )
+    """The student, without gradient, as exactly as its weights allow."""
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False), _without_tf32():
         yield Prepared(student, batch)
 

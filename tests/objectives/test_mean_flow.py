@@ -6,12 +6,11 @@ from torch import nn
 
 import imf_kernels
 from imf_kernels import Batch, MeanFlow, Teacher
-from imf_kernels.models import CausalUNet, CausalUNetConfig
 from imf_kernels.objectives import Intervals, LogitNormal, total_derivative
 from imf_kernels.objectives.students import Prepared
 from tests.flows import FLOWS, GUIDED
-from tests.models.tools import conditions, small_model
-from tests.objectives.tools import Scale, Wrapped, batch, seeded
+from tests.models.tools import small_model
+from tests.objectives.tools import Scale, Wrapped, batch, real_batch, real_student, seeded
 
 STRICT = Intervals(min_length=0.05)
 
@@ -53,28 +52,6 @@ def test_differences_tend_to_the_derivative(one_sided, order):
         errors.append(math.sqrt(objective(flow.student(), batch(40))[0]))
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.1)
     assert errors[1] / errors[2] == pytest.approx(2**order, rel=0.1)
-
-
-def real_student(name):
-    """A small student that does depend on r."""
-    torch.manual_seed(0)
-    if name == "unet":
-        sizes = {"dim": 32, "mid_blocks": 1, "depth": 1, "heads": 2, "head_dim": 16}
-        model = CausalUNet(CausalUNetConfig(time_dim=32, channels=12, **sizes))
-    else:
-        model = small_model(name)
-    student = model.student()
-    with torch.no_grad():
-        student.time_embed_mixer.weight.add_(
-            0.05 * torch.randn(student.time_embed_mixer.weight.shape)
-        )
-    return student  # fmt: skip
-
-
-def real_batch(student, lengths=(7, 4), **more):
-    given = conditions(student, list(lengths)) | more
-    x1 = torch.randn(len(lengths), max(lengths), 12, generator=seeded())
-    return Batch(x1, given.pop("lengths"), given)
 
 
 def widened(value):

@@ -1,4 +1,4 @@
-"""Batches, a student of two weights, and a wrapper around one."""
+"""Batches, students, and a wrapper around one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from imf_kernels import Batch
+from imf_kernels.models import CausalUNet, CausalUNetConfig
+from tests.models.tools import conditions, small_model
 
 
 def seeded(seed=0):
@@ -45,3 +47,25 @@ class Wrapped(nn.Module):
     def forward(self, *args):
         self.calls += 1
         return self.module(*args)
+
+
+def real_student(name, **switches):
+    """A small student that does depend on r."""
+    torch.manual_seed(0)
+    if name == "unet":
+        sizes = {"dim": 32, "mid_blocks": 1, "depth": 1, "heads": 2, "head_dim": 16}
+        model = CausalUNet(CausalUNetConfig(time_dim=32, channels=12, **sizes))
+    else:
+        model = small_model(name, **switches)
+    student = model.student()
+    with torch.no_grad():
+        student.time_embed_mixer.weight.add_(
+            0.05 * torch.randn(student.time_embed_mixer.weight.shape)
+        )
+    return student  # fmt: skip
+
+
+def real_batch(student, lengths=(7, 4), **more):
+    given = conditions(student, list(lengths)) | more
+    x1 = torch.randn(len(lengths), max(lengths), 12, generator=seeded())
+    return Batch(x1, given.pop("lengths"), given)
