@@ -74,7 +74,7 @@ class MeanFlow:
 
     def __call__(self, student: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached values to log."""
-        x1 = batch.x1
+        x1 = batch.x1.detach()
         rows, device = x1.shape[0], x1.device
         t, r = (time.to(x1.dtype) for time in self.intervals.draw(rows, self.generator, device))
         noise = draws.normal_like(x1, self.generator)
