@@ -6,10 +6,21 @@ import pytest
 import torch
 
 import imf_kernels
-from imf_kernels import Batch, IntMeanFlow, Teacher, checks, grids, guidance, o3s
+from imf_kernels import (
+    Batch,
+    DSFlow,
+    IntMeanFlow,
+    MeanFlow,
+    SplitMeanFlow,
+    Teacher,
+    checks,
+    grids,
+    guidance,
+    o3s,
+)
 from imf_kernels.distill import distill
 from imf_kernels.models import DiTConfig
-from imf_kernels.objectives import Intervals, RolloutCache
+from imf_kernels.objectives import Intervals, LogitNormal, RolloutCache
 from imf_kernels.ops import (
     Quantized,
     fp8_linear,
@@ -46,8 +57,8 @@ def loss(prediction=X, displacement=X, t=T, r=R, **options):
     return mean_velocity_loss(prediction, displacement, t, r, **options)
 
 
-def objective(**options):
-    return IntMeanFlow(Teacher(FLOWS["linear"]), **options)
+def objective(kind=IntMeanFlow, **options):
+    return kind(Teacher(FLOWS["linear"]), **options)
 
 
 def batch(x1=X, lengths=(5, 2), **options):
@@ -293,6 +304,34 @@ TABLE = [
         "neighbours at least 0.001 apart",
         "[0.0, 0.25, 0.25",
     ),
+    *[
+        (lambda k=kind: objective(k, region="prompt"), "region", "one of span, all", "'prompt'")
+        for kind in (SplitMeanFlow, DSFlow, MeanFlow)
+    ],
+    (
+        lambda: objective(SplitMeanFlow, intervals=Intervals()),
+        "intervals",
+        "a share `boundary` > 0",
+        "boundary=0.0",
+    ),
+    (lambda: objective(DSFlow, counts=()), "counts", "one step count or more", "()"),
+    (lambda: objective(DSFlow, counts=(1, 0)), "counts", "an integer >= 1", "0"),
+    (lambda: objective(DSFlow, nfe=6), "nfe", "a multiple of 4", "6"),
+    (lambda: objective(DSFlow, endpoint=1.5), "endpoint", "a share in [0, 1]", "1.5"),
+    (lambda: objective(DSFlow, p_uncond=NAN), "p_uncond", "a share in [0, 1]", "nan"),
+    (lambda: objective(DSFlow, uncond=-1.0), "uncond", "a number >= 0", "-1.0"),
+    (lambda: objective(DSFlow, spacing="epss"), "spacing", "one of uniform, sway", "'epss'"),
+    (
+        lambda: objective(MeanFlow, derivative="reverse"),
+        "derivative",
+        "one of jvp, difference",
+        "'reverse'",
+    ),
+    (lambda: objective(MeanFlow, step=0.0), "step", "a number in (0, 1)", "0.0"),
+    (lambda: objective(MeanFlow, adaptive=0.0), "adaptive", "a number > 0 or None", "0.0"),
+    (lambda: objective(MeanFlow, one_sided=True), "one_sided", "False with derivative", "True"),
+    (lambda: LogitNormal(std=0.0), "std", "a number > 0", "0.0"),
+    (lambda: LogitNormal(boundary=1.5), "boundary", "a share in [0, 1]", "1.5"),
     # -- training loop
     (lambda: train(updates=0), "updates", "an integer >= 1", "0"),
     (lambda: train(updates=3), "batches", "3 batches", "2"),

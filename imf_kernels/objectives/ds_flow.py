@@ -39,10 +39,12 @@ class DSFlow:
         nfe: Sub-steps of the teacher's solve over [0, 1], a multiple of every count.
         spacing: Their positions: "uniform", "sway" or "cosine".
         endpoint: Weight of the endpoint; the velocity's is the rest.
-        p_uncond: Share of calls that also regress the student's unconditional branch on the
-            teacher's at the midpoints, so that it can still be guided, weakly. Student and teacher
-            then `prepare(guided=True)`.
+        p_uncond: Share of calls that also regress the student's unconditional branch on that of a
+            guided teacher, at the midpoints, so that the student can still be guided, weakly. It is
+            then prepared with `guided=True`.
         uncond: Weight of that regression.
+        steps: The name under which the student's `prepare` is told K: for a student that knows its
+            step count (by tokens of its own, say) in place of times. None: it is not told.
         region: "span": the loss covers `batch.loss_mask`; "all": all valid frames.
         generator: For all draws; None: torch's default on the batch's device.
     """
@@ -57,6 +59,7 @@ class DSFlow:
         endpoint: float = 0.7,
         p_uncond: float = 0.02,
         uncond: float = 0.01,
+        steps: str | None = None,
         region: str = "span",
         generator: torch.Generator | None = None,
     ) -> None:
@@ -77,14 +80,15 @@ class DSFlow:
         checks.choice("region", region, ("span", "all"))
         self.teacher, self.counts, self.nfe, self.spacing = teacher, tuple(counts), nfe, spacing
         self.endpoint, self.p_uncond, self.uncond = endpoint, p_uncond, uncond
-        self.region, self.generator, self.calls = region, generator, 0
+        self.steps, self.region, self.generator, self.calls = steps, region, generator, 0
 
     def __call__(self, student: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached values to log."""
         count = self.counts[self.calls % len(self.counts)]
         self.calls += 1
         # evenly spread: every 50th call for a share of .02
-        uncond = int(self.calls * self.p_uncond) > int((self.calls - 1) * self.p_uncond)
+        due = int(self.calls * self.p_uncond) > int((self.calls - 1) * self.p_uncond)
+        uncond = due and self.teacher.guidance is not None
         return self.loss(student, self.rollout(batch), count, uncond=uncond)
 
     @torch.no_grad()
@@ -108,7 +112,8 @@ class DSFlow:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's part, for `count` steps, with its unconditional branch if asked."""
         batch, stride = rollout.batch, self.parts // count
-        student, mask = Prepared(student, batch), batch.counted(self.region)
+        told = {} if self.steps is None else {self.steps: count}
+        student, mask = Prepared(student, batch, **told), batch.counted(self.region)
         rows = len(batch.x1)
 
         times, elapsed = rollout.times[::stride], rollout.elapsed[::stride]
@@ -125,14 +130,14 @@ class DSFlow:
         part = rollout.pair(step, step + stride)
         middle, time = part.z + part.displacement / 2, (part.t + part.r) / 2
         if uncond:
-            student = Prepared(student.outer, batch, guided=True)
+            student = Prepared(student.outer, batch, **told, guided=True)
         u, *other = student(middle, time, time).split(rows)
         velocity, _ = regress(u, part.displacement / part.interval[:, None, None], mask)
 
         loss = self.endpoint * endpoint + (1 - self.endpoint) * velocity
         info = {"row_error": errors, "endpoint": endpoint.detach(), "velocity": velocity.detach()}
         if uncond:
-            teacher = Teacher(self.teacher.model, guidance=0.0)  # the unconditional branch alone
+            teacher = Teacher(self.teacher.model, guidance=0.0)  # w = 0: the unconditional branch
             cond = teacher.prepare(lengths=batch.lengths, **batch.conditions)
             branch, _ = regress(other[0], teacher.velocity(middle, time, cond), mask)
             loss = loss + self.uncond * branch

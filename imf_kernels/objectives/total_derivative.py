@@ -25,7 +25,7 @@ STEP = 1e-4
 def jvp(student: Any, batch: Batch, z: Tensor, t: Tensor, r: Tensor, v: Tensor) -> Tensor:
     """Exact. Forward-mode AD needs reference ops and attention with its scores in memory.
 
-    It asks the student within its wrapper, whose weights DistributedDataParallel leaves whole:
+    Asks the student within its wrapper: DistributedDataParallel leaves its weights whole, and
     without gradient there is nothing to synchronise.
     """
     with _exact(student, batch, z) as prepared, contextlib.ExitStack() as scopes:
@@ -80,7 +80,7 @@ def verify(student: Any, batch: Batch, z: Tensor, v: Tensor) -> None:
     want = difference(student, batch, z, t, r, v).masked_fill(~valid, 0.0)
     error, size = float((got - want).norm()), float(want.norm())
     with _exact(student, batch, z) as prepared:
-        level = float(prepared(z, t, r).norm())  # rounding over the step is less than 1 % of it
+        level = float(prepared(z, t, r).norm())  # a difference's rounding is less than 1 % of it
     if not error <= 0.05 * (size + level):
         raise RuntimeError(
             "student: expected a forward-mode derivative that agrees with a difference, got one "

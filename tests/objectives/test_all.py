@@ -21,8 +21,6 @@ def objective(name, teacher=None, seed=0, **options):
     for option, value in options.items():
         assert hasattr(made, option)
         setattr(made, option, value)
-    if isinstance(made, DSFlow):
-        made.p_uncond = 0.0
     return made
 
 

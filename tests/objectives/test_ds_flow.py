@@ -140,3 +140,21 @@ def test_share_of_unconditional_calls():
     objective = DSFlow(Teacher(GUIDED["linear"], 2.0), nfe=4, p_uncond=0.1, generator=seeded())
     seen = ["uncond" in objective(Unconditional(torch.float64), batch())[1] for _ in range(40)]
     assert seen == ([False] * 9 + [True]) * 4
+    unguided = DSFlow(Teacher(FLOWS["linear"]), nfe=4, p_uncond=1.0, generator=seeded())
+    assert "uncond" not in unguided(Scale(torch.float64), batch())[1]
+
+
+class StepAware(Unconditional):
+    def prepare(self, lengths, nfe, guided=False):
+        self.told = nfe
+        return super().prepare(lengths, guided)
+
+
+def test_a_student_may_be_told_its_step_count():
+    teacher = Teacher(GUIDED["gaussian"], 2.0)
+    objective = DSFlow(teacher, nfe=4, steps="nfe", p_uncond=0.5, generator=seeded())
+    student, told = StepAware(torch.float64), []
+    for _ in range(6):
+        objective(student, batch())
+        told.append(student.told)
+    assert told == [1, 2, 4] * 2
