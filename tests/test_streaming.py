@@ -284,6 +284,8 @@ def test_memory_is_declared_and_given_back():
     assert first.nbytes >= 10 * 6 * 3 * 2 * 32 * 4
     assert first.nbytes == second.nbytes
     assert sum(s.nbytes for s in (first, second)) < streams.nbytes + 2 * 4 * 10 * CHANNELS * 4
+    with pytest.raises(ValueError, match=r"max_frames: expected at most the pool's \d+, got 1000"):
+        streams.open(1000, spks=torch.zeros(CHANNELS), noise=torch.Generator())
     with pytest.raises(Full, match="max_frames: expected at most the 10 that are free"):
         Utterance(11, 0).open(streams)
     first.close()

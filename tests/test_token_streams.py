@@ -99,6 +99,8 @@ def test_bounds_and_closing(encoder):
     assert len(stream.take())
     with pytest.raises(ValueError, match="frames: expected a stream without any"):
         TokenStream(encoder, stream.frames)
+    with pytest.raises(TypeError, match="frames: expected a Stream, got Streams"):
+        TokenStream(encoder, said.streams)
     stream.close()
     stream.close()
     with pytest.raises(RuntimeError, match="closed"):

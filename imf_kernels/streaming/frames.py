@@ -109,7 +109,11 @@ class Streams:
             ValueError, TypeError: naming the argument, the expected and the given value.
         """
         checks.positive_int("max_frames", max_frames)
-        channels = self.model.config.channels
+        if max_frames > self.frames:
+            raise ValueError(
+                f"max_frames: expected at most the pool's {self.frames}, got {max_frames}"
+            )
+        channels = self.model.channels
         checks.shape("spks", spks, channels)
         if prompt is None:
             prompt = spks.new_zeros(0, channels)

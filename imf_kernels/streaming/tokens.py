@@ -27,6 +27,10 @@ class TokenStream:
     """
 
     def __init__(self, encoder: TokenEncoder, frames: Stream) -> None:
+        for name, value, wanted in (("encoder", encoder, TokenEncoder), ("frames", frames, Stream)):
+            if not isinstance(value, wanted):
+                got = type(value).__name__
+                raise TypeError(f"{name}: expected a {wanted.__name__}, got {got}")
         if encoder.channels != frames.channels:
             raise ValueError(
                 f"encoder: expected {frames.channels} channels, got {encoder.channels}"
