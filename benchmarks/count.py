@@ -31,8 +31,7 @@ from torch.utils._pytree import tree_leaves
 os.environ["TRITON_INTERPRET"] = "1"  # the fused ops, without a device; none of them runs
 
 import imf_kernels
-from benchmarks import report
-from benchmarks.f5_sampler import client_classes
+from benchmarks import f5_client, report
 from benchmarks.workload import VOCABULARY
 from imf_kernels.models import CausalUNet, CausalUNetConfig, DiT, DiTConfig, TextConfig
 from imf_kernels.models.linears import FusedLinears
@@ -155,7 +154,7 @@ def _unet(depth: int) -> tuple[Any, StepTables]:
 def clients(guided: bool, frames: int, **sizes: int) -> Count | None:
     """One evaluation of F5-TTS's own DiT (its text embedding cached), where it is installed."""
     try:
-        _, dit = client_classes()
+        dit = f5_client.load().DiT
     except ImportError:
         return None
     with FakeTensorMode(), torch.no_grad():
