@@ -16,8 +16,6 @@ from imf_kernels.hosts.replays import Replays
 from imf_kernels.objectives import Batch
 
 NOISE_FRAMES = 15000
-OVERLAP = 34
-"""Last frames of which the first CosyVoice keeps noise and mu for the next piece."""
 
 
 class CFM(nn.Module):
@@ -37,7 +35,7 @@ class CFM(nn.Module):
         noise: The table that noise is taken from, `[1, C, L]`; None: the host's, of the seed 0.
         objective: `loss, info = objective(model, batch)`, such as `IntMeanFlow`: `compute_loss` is
             then the distillation's. It and its teacher are outside of the module tree.
-        returns: "tuple", `(mel, cache)`, or "tensor", as the first versions of the host had it.
+        returns: "tuple", `(mel, None)`, or "tensor", as the first versions of the host had it.
         training_times: How flow-matching training draws t: "uniform", or "cosine" (before 2026).
 
     The arguments are attributes, and may be assigned later.
@@ -121,9 +119,6 @@ class CFM(nn.Module):
         spks: Any = None,
         cond: Any = None,
         streaming: bool = False,
-        prompt_len: int = 0,
-        cache: Tensor | None = None,
-        flow_cache: Tensor | None = None,
         noised_mels: Tensor | None = None,
         meanflow: bool = False,
         *,
@@ -139,17 +134,13 @@ class CFM(nn.Module):
             spks: Speaker features `[B, C]`.
             cond: Prompt mel `[B, C, T]`, zero where frames are to be generated.
             streaming: Block-causal attention.
-            prompt_len, cache, flow_cache: The first CosyVoice's: noise and mu of the first frames,
-                `[B, C, S, 2]` (under either name), are used again, and those of the first
-                `prompt_len` and the last 34 frames returned.
             noised_mels: Chatterbox's noise of the frames after the prompt, `[B, C, S]`.
             meanflow: Chatterbox's; whether a model takes r is the model's own.
             noise: Noise at time 0, `[B, C, T]`; None: for every row the first T frames of the
                 table.
 
         Returns:
-            Float32 `[B, C, T]`, zero beyond each row's frames; in a tuple with the cache, or None
-            where none was given.
+            Float32 `[B, C, T]`, zero beyond each row's frames; see `returns`.
 
         Raises:
             ValueError, TypeError: naming the argument, the expected and the given value.
@@ -158,15 +149,6 @@ class CFM(nn.Module):
         if noised_mels is not None:
             checks.shape("noised_mels", noised_mels, *x.shape[:2], "S")
             x = torch.cat([x[:, :, : x.shape[2] - noised_mels.shape[2]], noised_mels.float()], 2)
-        overlap = flow_cache if cache is None else cache
-        if overlap is not None:
-            checks.shape("cache", overlap, *x.shape[:2], "S", 2)
-            known_x, known_mu = overlap.unbind(-1)
-            x = torch.cat([known_x.to(x), x[:, :, known_x.shape[2] :]], dim=2)
-            mu = torch.cat([known_mu.to(mu), mu[:, :, known_mu.shape[2] :]], dim=2)
-            ends = [(z[:, :, :prompt_len], z[:, :, -OVERLAP:]) for z in (x, mu.float())]
-            overlap = torch.stack([torch.cat(parts, dim=2) for parts in ends], dim=-1)
-
         w, lengths, x = self._w, lengths_of(mask), x.mT.contiguous()
         nfe = n_timesteps if self.nfe is None and isinstance(self.grid, str) else self.nfe
         grid = grids.make(self.grid, nfe)
@@ -179,7 +161,7 @@ class CFM(nn.Module):
             mel = graphs.sample(x, grid=grid, conditions=said, guidance=w)
         inside = masks.inside(lengths, mel.shape[1])
         mel = mel.masked_fill(~inside[:, :, None], 0.0).mT
-        return mel if self.returns == "tensor" else (mel, overlap)
+        return mel if self.returns == "tensor" else (mel, None)
 
     def _noise(self, mu: Tensor, noise: Tensor | None) -> Tensor:
         """Float32 `[B, C, T]`."""
