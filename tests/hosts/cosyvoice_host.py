@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from imf_kernels.models import CausalUNet, CausalUNetConfig
+from imf_kernels.hosts.cosyvoice import Estimator
+from imf_kernels.models import CausalUNet, CausalUNetConfig, DiT
 from tests.models.tools import recipe, small_model
 
 
@@ -18,6 +19,46 @@ def small(family: str):
     return model.eval()
 
 
+class Foreign(nn.Module):
+    """What is read of a client's estimator (names, `heads`, chunk size), and what it computes."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        parameters = dict(model.named_parameters())
+        for name, value in model.state_dict().items():
+            *path, leaf = name.split(".")
+            owner = self
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner._modules[part]
+            if name in parameters:
+                owner.register_parameter(leaf, nn.Parameter(value.clone()))
+            else:
+                owner.register_buffer(leaf, value.clone())
+        for module in self.modules():
+            if "to_q" in module._modules:
+                module.heads = model.config.heads
+        self.computes = type(model), model.config.heads
+        self.static_chunk_size = 50
+
+    def forward(self, x, mask, mu, t, spks=None, cond=None, streaming=False):
+        family, heads = self.computes
+        variant = ("cosyvoice3",) if family is DiT else ()
+        model = family.from_state_dict(self.state_dict(), *variant, heads=heads).to(x.dtype)
+        estimator = Estimator(model)
+        if streaming:
+            estimator.static_chunk_size = self.static_chunk_size
+        return estimator(x, mask, mu, t, spks, cond, streaming).to(x.dtype)
+
+
+class OldForeign(Foreign):
+    """Before it was told whether it streams."""
+
+    def forward(self, x, mask, mu, t, spks=None, cond=None):
+        return super().forward(x, mask, mu, t, spks, cond, self.static_chunk_size > 0)
+
+
 class HostCFM(nn.Module):
     """Doubled rows in static buffers of the dtype of `spks`, accumulated times, batch 1."""
 
@@ -29,6 +70,10 @@ class HostCFM(nn.Module):
         for name, value in settings.items():
             setattr(self, name, value)
         self.rand_noise = torch.randn(1, 80, 300, generator=torch.Generator().manual_seed(5))
+
+    def evaluate(self, *given, streaming):
+        told = {} if isinstance(self.estimator, OldForeign) else {"streaming": streaming}
+        return self.estimator(*given, **told)
 
     @torch.inference_mode()
     def forward(
@@ -45,7 +90,7 @@ class HostCFM(nn.Module):
         for step in range(1, len(span)):
             x_in[:], mask_in[:], t_in[:] = x, mask, t
             mu_in[0], spks_in[0], cond_in[0] = mu, spks, cond
-            v = self.estimator(x_in, mask_in, mu_in, t_in, spks_in, cond_in, streaming=streaming)
+            v = self.evaluate(x_in, mask_in, mu_in, t_in, spks_in, cond_in, streaming=streaming)
             c = self.inference_cfg_rate
             x = x + dt * ((1 + c) * v[:1] - c * v[1:])
             t = t + dt
@@ -59,7 +104,7 @@ class HostCFM(nn.Module):
         z = torch.randn_like(x1)
         y = (1 - (1 - self.sigma_min) * t) * z + t * x1
         kept = torch.rand(rows) > self.training_cfg_rate
-        v = self.estimator(
+        v = self.evaluate(
             y,
             mask,
             mu * kept.view(-1, 1, 1),

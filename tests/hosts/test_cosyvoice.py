@@ -13,7 +13,7 @@ from imf_kernels.hosts.cosyvoice import CFM, BakedEstimator, Estimator
 from imf_kernels.hosts.cosyvoice.baked import host_times
 from imf_kernels.models import CausalUNet, DiT
 from imf_kernels.objectives import IntMeanFlow
-from tests.hosts.cosyvoice_host import HostCFM, HostFlow, host_inputs, small
+from tests.hosts.cosyvoice_host import Foreign, HostCFM, HostFlow, OldForeign, host_inputs, small
 from tests.models.tools import golden, relative_rms
 
 FAMILIES = ["dit", "unet"]
@@ -171,6 +171,16 @@ def test_errors_at_the_door():
         CFM(model, grid="sine")
     with pytest.raises(ValueError, match="returns: expected one of tuple, tensor"):
         CFM(model, returns="list")
+    for name, values in {
+        "inference_cfg_rate": (float("nan"), float("inf")),
+        "training_cfg_rate": (-0.1, 1.1, float("nan")),
+        "sigma_min": (-1e-6, 2, float("nan")),
+    }.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"{name}: expected a .* got {value}"):
+                CFM(model, **{name: value})
+    with pytest.raises(ValueError, match="static_chunk_size: expected an integer >= 1, got 0"):
+        estimator.static_chunk_size = 0
 
 
 # -- the decoder ----------------------------------------------------------------------------------
@@ -271,7 +281,7 @@ def test_the_hosts_own_loss(rows):
 
 def live_flow(family="dit", **settings) -> HostFlow:
     torch.manual_seed(2)
-    return HostFlow(HostCFM(small(family), **settings)).eval()
+    return HostFlow(HostCFM(Foreign(small(family)), **settings)).eval()
 
 
 def utterance(frames=30):
@@ -282,26 +292,41 @@ def utterance(frames=30):
     }
 
 
+def test_golden_sample_of_a_patched_flow(real):
+    model, given, tensors, _ = real
+    flow = HostFlow(HostCFM(Foreign(model)))
+    cosyvoice.apply_to(flow)
+    mel, _ = flow.decoder(n_timesteps=10, noise=tensors["noise"], **given)
+    torch.testing.assert_close(mel, tensors["mel"], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patch_and_restore(family):
-    flow, given = live_flow(family), utterance()
-    original, keys = flow.decoder, list(flow.state_dict())
+    flow, given = live_flow(family), utterance(60)
+    original, kept, keys = flow.decoder, flow.decoder.estimator, list(flow.state_dict())
     before = [value.clone() for value in flow.state_dict().values()]
-    flow.decoder.estimator, kept = Estimator(original.estimator), original.estimator
-    expected = flow.inference(**given)
-    original.estimator = kept
+    expected = [flow.inference(**given, streaming=streaming) for streaming in (False, True)]
+    assert relative_rms(*expected) > 0.001
 
     cfm = cosyvoice.apply_to(flow)
-    assert cosyvoice.apply_to(flow) is cfm is flow.decoder
+    assert cfm is flow.decoder
     assert list(flow.state_dict()) == keys
     assert flow.load_state_dict(flow.state_dict()).missing_keys == []
-    torch.testing.assert_close(flow.inference(**given), expected, rtol=0, atol=1e-4)
+    for streaming, mel in enumerate(expected):
+        got = flow.inference(**given, streaming=bool(streaming))
+        torch.testing.assert_close(got, mel, rtol=0, atol=1e-4)
     with torch.no_grad():
         cfm.model.last.weight.add_(1)  # trained: weights of its own
     with pytest.raises(TypeError, match="host's own decoder"):
         cosyvoice.from_host(flow)
     student = cosyvoice.apply_to(flow, CFM(cfm.model.student(), nfe=2))
     assert flow.decoder is student
+    again = cosyvoice.apply_to(flow, grid=grids.cosine(10))
+    assert flow.decoder is again
+    torch.testing.assert_close(flow.inference(**given), expected[0], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="options: expected none beside cfm, got nfe"):
+        cosyvoice.apply_to(flow, student, nfe=2)
+    assert flow.decoder is again
 
     cosyvoice.restore(flow)
     assert flow.decoder is original
@@ -311,25 +336,98 @@ def test_patch_and_restore(family):
     assert not flow._forward_pre_hooks
     for value, was in zip(flow.state_dict().values(), before, strict=True):
         assert torch.equal(value, was)
-    with pytest.raises(ValueError, match="expected a patched one"):
+    with pytest.raises(ValueError, match="flow: expected one that apply_to has patched, got Host"):
         cosyvoice.restore(flow)
 
 
+def test_a_flow_gets_its_own_decoder_back():
+    flows = [live_flow(), live_flow("unet")]
+    own = [flow.decoder for flow in flows]
+    cfm = cosyvoice.apply_to(flows[0])
+    cosyvoice.apply_to(flows[1], cfm)
+    for flow, decoder in zip(flows, own, strict=True):
+        cosyvoice.restore(flow)
+        assert flow.decoder is decoder
+
+
+@pytest.mark.parametrize("inside", [CFM, Estimator])
+def test_what_is_restored_has_the_flows_dtype(inside):
+    flow, given = live_flow(), utterance()
+    cfm = cosyvoice.apply_to(flow)
+    if inside is CFM:
+        flow.bfloat16()
+        given = {n: v.bfloat16() if v.is_floating_point() else v for n, v in given.items()}
+        cosyvoice.apply_to(flow, nfe=3)
+    else:
+        cfm.estimator = Estimator(cfm.model.bfloat16())
+    cosyvoice.restore(flow)
+    assert len({value.dtype for value in flow.parameters()}) == 1
+    assert flow.inference(**given).isfinite().all()
+
+
+def test_a_flow_patched_in_inference_mode_can_be_trained():
+    flow = live_flow()
+    x1, inputs = torch.randn(1, 80, 30), host_inputs([30])
+    with torch.inference_mode():
+        cfm = cosyvoice.apply_to(flow)
+        flow.inference(**utterance())
+    cfm.compute_loss(x1, **inputs)[0].backward()
+    assert cfm.model.last.weight.grad.any()
+    flow.bfloat16()
+    with torch.inference_mode():
+        cosyvoice.restore(flow)
+    assert not any(value.is_inference() for value in flow.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_chunk_size_is_the_models(family):
+    flow, given = live_flow(family), utterance(60)
+    expected = []
+    for frames in (50, 20):
+        flow.decoder.estimator.static_chunk_size = frames
+        expected.append(flow.inference(**given, streaming=True))
+    assert relative_rms(*expected) > 0.001
+    cosyvoice.apply_to(flow)
+    for frames, mel in zip((20, 50), reversed(expected), strict=True):
+        flow.decoder.estimator.static_chunk_size = frames
+        assert flow.decoder.estimator.static_chunk_size == frames
+        got = flow.inference(**given, streaming=True)
+        torch.testing.assert_close(got, mel, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("frames", [0, 20])
+def test_older_hosts_mask_every_call_or_none(frames):
+    host, inputs = HostCFM(OldForeign(small("unet"))), host_inputs([60])
+    host.estimator.static_chunk_size = frames
+    cfm = cosyvoice.from_host(HostFlow(host))
+    mel, _ = cfm(n_timesteps=10, **inputs)
+    torch.testing.assert_close(mel, host(n_timesteps=10, **inputs)[0], rtol=0, atol=1e-4)
+    losses = []
+    for decoder in (host, cfm):
+        torch.manual_seed(0)
+        losses.append(decoder.compute_loss(inputs["cond"], **inputs)[0].detach())
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    other = cosyvoice.from_host(HostFlow(host), streaming=not frames)(n_timesteps=10, **inputs)[0]
+    assert relative_rms(other, mel) > 0.001
+
+
 def test_what_is_read_of_a_live_flow():
-    host = HostCFM(small("unet"), inference_cfg_rate=0.5, t_scheduler="linear", sigma_min=0.01)
+    model = small("unet")
+    host = HostCFM(Foreign(model), inference_cfg_rate=0.5, t_scheduler="linear", sigma_min=0.01)
     host.estimator.static_chunk_size = 20
     cfm = cosyvoice.from_host(HostFlow(host))
-    assert cfm.model.config == replace(host.estimator.config, chunk=20)
+    assert cfm.model.config == replace(model.config, chunk=20)
     assert (cfm.grid, cfm.nfe, cfm.returns) == ("uniform", None, "tuple")
     assert (cfm.inference_cfg_rate, cfm.sigma_min, cfm.training_times) == (0.5, 0.01, "uniform")
     assert cfm.rand_noise is host.rand_noise
+    assert not cfm.streaming
 
     class First(torch.nn.Module):
         """Of the first version, as far as it can be read."""
 
         def __init__(self):
             super().__init__()
-            self.estimator, self.t_scheduler = small("dit"), "cosine"
+            self.estimator, self.t_scheduler = Foreign(small("dit")), "cosine"
 
         def forward(self, mu, mask, n_timesteps, temperature=1.0, spks=None, cond=None):
             raise NotImplementedError
@@ -341,7 +439,7 @@ def test_what_is_read_of_a_live_flow():
     assert (cfm.returns, cfm.training_times, cfm.grid) == ("tensor", "cosine", "cosine")
     assert cfm.rand_noise.shape == (1, 80, 15000)
     chatterbox = First()
-    chatterbox.estimator = small("dit").student()
+    chatterbox.estimator = Foreign(small("dit").student())
     assert cosyvoice.from_host(HostFlow(chatterbox)).grid == "uniform"
     unknown = HostFlow(HostCFM(torch.nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="estimator: expected CosyVoice2's U-Net or CosyVoice3's"):
@@ -397,9 +495,48 @@ def test_distillation_trains_the_estimator_alone(family):
         assert torch.equal(given["mu"], seen[0]["mu"])
         assert given["lengths"].tolist() == [30, 17]
     end.remove()
+    assert all(p.requires_grad for p in flow.parameters())
     flow.train()
     flow(streaming=False, **batch)
     assert flow.encoder.training
+
+
+def test_restore_ends_freeze():
+    flow = live_flow()
+    flow.input_embedding.requires_grad_(False)
+    required = [p.requires_grad for p in flow.parameters()]
+    cosyvoice.apply_to(flow)
+    cosyvoice.freeze(flow)
+    cosyvoice.freeze(flow)
+    assert len(flow._forward_pre_hooks) == 1
+    cosyvoice.restore(flow)
+    assert not flow._forward_pre_hooks
+    assert [p.requires_grad for p in flow.parameters()] == required
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_distillation_in_eval_gives_gradients_to_the_estimator_alone(family, frozen):
+    flow = live_flow(family)
+    cfm = cosyvoice.apply_to(flow)
+    teacher = Teacher(cfm.model, guidance.from_cosyvoice(cfm.inference_cfg_rate))
+    cfm.estimator = Estimator(cfm.model.student())
+    cfm.objective = IntMeanFlow(teacher, nfe=1)
+    flow.eval()
+    if frozen:
+        cosyvoice.freeze(flow)
+    flow(
+        token=torch.arange(20)[None] % 10,
+        mel=torch.randn(1, 20, 80),
+        lengths=torch.tensor([20]),
+        speaker=torch.randn(1, 12),
+        streaming=False,
+    )["loss"].backward()
+    with_gradients = {name for name, p in flow.named_parameters() if p.grad is not None}
+    student = {f"decoder.estimator.{name}" for name, _ in cfm.model.named_parameters()}
+    assert with_gradients == student
+    assert "decoder.estimator.time_embed_mixer.weight" in student
+    assert all(p.grad is None for p in teacher.model.parameters())
 
 
 # -- a baked student behind the host's loop -------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class CFM(nn.Module):
             then the distillation's. It and its teacher are outside of the module tree.
         returns: "tuple", `(mel, None)`, or "tensor", as the first versions of the host had it.
         training_times: How flow-matching training draws t: "uniform", or "cosine" (before 2026).
+        streaming: Of calls that leave it open, as all of an older host do.
 
     The arguments are attributes, and may be assigned later.
     """
@@ -54,7 +56,15 @@ class CFM(nn.Module):
         objective: Callable[[Any, Batch], tuple[Tensor, Any]] | None = None,
         returns: str = "tuple",
         training_times: str = "uniform",
+        streaming: bool = False,
     ) -> None:
+        if not math.isfinite(inference_cfg_rate):
+            raise ValueError(
+                f"inference_cfg_rate: expected a finite number, got {inference_cfg_rate}"
+            )
+        for name, share in (("training_cfg_rate", training_cfg_rate), ("sigma_min", sigma_min)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {share}")
         checks.choice("returns", returns, ("tuple", "tensor"))
         checks.choice("training_times", training_times, ("uniform", "cosine"))
         grids.make(grid, 1 if nfe is None and isinstance(grid, str) else nfe)
@@ -70,6 +80,7 @@ class CFM(nn.Module):
         self.objective = objective
         self.returns = returns
         self.training_times = training_times
+        self.streaming = streaming
         self._replays = Replays()
 
     @property
@@ -118,7 +129,7 @@ class CFM(nn.Module):
         temperature: float = 1.0,
         spks: Any = None,
         cond: Any = None,
-        streaming: bool = False,
+        streaming: bool | None = None,
         noised_mels: Tensor | None = None,
         meanflow: bool = False,
         *,
@@ -133,7 +144,7 @@ class CFM(nn.Module):
             temperature: Factor of the noise.
             spks: Speaker features `[B, C]`.
             cond: Prompt mel `[B, C, T]`, zero where frames are to be generated.
-            streaming: Block-causal attention.
+            streaming: Block-causal attention; None: this object's own.
             noised_mels: Chatterbox's noise of the frames after the prompt, `[B, C, S]`.
             meanflow: Chatterbox's; whether a model takes r is the model's own.
             noise: Noise at time 0, `[B, C, T]`; None: for every row the first T frames of the
@@ -149,6 +160,8 @@ class CFM(nn.Module):
         if noised_mels is not None:
             checks.shape("noised_mels", noised_mels, *x.shape[:2], "S")
             x = torch.cat([x[:, :, : x.shape[2] - noised_mels.shape[2]], noised_mels.float()], 2)
+        if streaming is None:
+            streaming = self.streaming
         w, lengths, x = self._w, lengths_of(mask), x.mT.contiguous()
         nfe = n_timesteps if self.nfe is None and isinstance(self.grid, str) else self.nfe
         grid = grids.make(self.grid, nfe)
@@ -186,7 +199,7 @@ class CFM(nn.Module):
         mu: Tensor,
         spks: Any = None,
         cond: Any = None,
-        streaming: bool = False,
+        streaming: bool | None = None,
     ) -> tuple[Tensor, Any]:
         """The host's flow-matching loss and `y`, or the objective's loss and info.
 
@@ -195,6 +208,8 @@ class CFM(nn.Module):
         """
         checks.shape("spks", spks, *x1.shape[:2])
         checks.shape("cond", cond, *x1.shape)
+        if streaming is None:
+            streaming = self.streaming
         if self.objective is not None:
             # nothing is dropped, and the conditions are data
             conditions = {"prompt": cond.detach().mT, "mu": mu.detach().mT, "spks": spks.detach()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ class Estimator(nn.Module):
 
     Attributes:
         model: The model, which shares all its layers with this.
-        static_chunk_size: Frames per block of streaming attention, where hosts look for it.
     """
 
     def __init__(self, model: Model) -> None:
@@ -35,7 +35,6 @@ class Estimator(nn.Module):
         self._modules = model._modules  # the one dictionary: what is replaced here is there too
         self.register_state_dict_post_hook(with_storage_of_its_own)
         self.train(model.training)
-        self.static_chunk_size = model.config.chunk
 
     @property
     def model(self) -> Model:
@@ -45,6 +44,16 @@ class Estimator(nn.Module):
     def dtype(self) -> torch.dtype:
         """The weights'."""
         return self.model.dtype
+
+    @property
+    def static_chunk_size(self) -> int:
+        """Frames per block of streaming attention, where hosts read and assign it."""
+        return self.model.config.chunk
+
+    @static_chunk_size.setter
+    def static_chunk_size(self, frames: int) -> None:
+        checks.positive_int("static_chunk_size", frames)
+        self.model.config = replace(self.model.config, chunk=frames)
 
     def forward(
         self,

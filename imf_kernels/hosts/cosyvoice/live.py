@@ -1,4 +1,7 @@
-"""Patching a live flow: an object of the host's with a `decoder` that has an `estimator`."""
+"""Patching a live flow: an object of the host's with a `decoder` that has an `estimator`.
+
+In inference mode, too: what a flow is given is made outside of it, and can be trained later.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from imf_kernels.hosts.cosyvoice.cfm import CFM
 from imf_kernels.hosts.cosyvoice.estimator import Estimator, Model
 from imf_kernels.models import CausalUNet, DiT
 
-_replaced: WeakKeyDictionary[CFM, nn.Module] = WeakKeyDictionary()
+_replaced: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""The decoder that each patched flow came with."""
 
 
+@torch.inference_mode(False)
 def from_host(flow: Any, **options: Any) -> CFM:
     """A `CFM` with the weights and settings of a live flow, which stays as it is.
 
@@ -30,7 +34,99 @@ def from_host(flow: Any, **options: Any) -> CFM:
         ValueError: an estimator of another family.
         RuntimeError: weights that do not fit their family.
     """
-    decoder: Any = getattr(flow, "decoder", None)
+    return _made(flow, getattr(flow, "decoder", None), options)
+
+
+@torch.inference_mode(False)
+def apply_to(flow: Any, cfm: CFM | None = None, **options: Any) -> CFM:
+    """Put a `CFM` in the place of `flow.decoder`; state dicts of the flow keep their keys.
+
+    Args:
+        flow: As of `from_host`. One that is patched takes the new options, on its own decoder.
+        cfm: What to put there; None: `from_host(flow, **options)`.
+
+    The host's decoder is kept, with its weights, until `restore`. Where no way back is wanted,
+    `flow.decoder = from_host(flow)` keeps nothing.
+
+    Raises:
+        ValueError: options beside a cfm.
+    """
+    if cfm is not None and options:
+        raise ValueError(f"options: expected none beside cfm, got {', '.join(options)}")
+    decoder = flow.decoder
+    if isinstance(decoder, CFM) and flow in _replaced:
+        decoder = _following(flow, _replaced[flow])
+    flow.decoder = _made(flow, decoder, options) if cfm is None else cfm
+    _replaced[flow] = decoder
+    return flow.decoder
+
+
+@torch.inference_mode(False)
+def restore(flow: Any) -> None:
+    """Give a flow the decoder back that `apply_to` took, with the weights that it had.
+
+    It follows the flow to its device, dtype and mode. What `freeze` did ends.
+
+    Raises:
+        ValueError: a flow that `apply_to` has not patched (a deep copy of one).
+    """
+    decoder = _replaced.pop(flow, None)
+    if decoder is None or not isinstance(flow.decoder, CFM):
+        raise ValueError(
+            "flow: expected one that apply_to has patched, got "
+            f"{type(flow).__name__} with {type(flow.decoder).__name__}"
+        )
+    if flow in _frozen:
+        _frozen[flow].remove()
+    flow.decoder = _following(flow, decoder)
+
+
+class Frozen:
+    """What `freeze` does to a flow, until `remove()`."""
+
+    def __init__(self, flow: Any) -> None:
+        self._hook = flow.register_forward_pre_hook(_rest_in_eval)
+        self._before = [(parameter, parameter.requires_grad) for parameter in flow.parameters()]
+        flow.requires_grad_(False)
+        flow.decoder.estimator.requires_grad_(True)
+
+    def remove(self) -> None:
+        """Gradients are required of what they were required of before."""
+        self._hook.remove()
+        for parameter, required in self._before:
+            parameter.requires_grad_(required)
+        self._before.clear()
+
+
+_frozen: WeakKeyDictionary[Any, Frozen] = WeakKeyDictionary()
+
+
+def freeze(flow: Any) -> Frozen:
+    """Freeze all of a flow but its estimator, for distillation.
+
+    The rest stays in eval whatever the host's trainer does, and keeps no activations: encoders run
+    once per batch, without gradients. It ends with `remove()` of what is returned, or `restore`.
+    """
+    if flow in _frozen:
+        _frozen[flow].remove()
+    _frozen[flow] = Frozen(flow)
+    return _frozen[flow]
+
+
+def _rest_in_eval(flow: Any, arguments: Any) -> None:
+    for child in flow.children():
+        if child is not flow.decoder:
+            child.eval()
+
+
+def _following(flow: Any, decoder: Any) -> Any:
+    """The decoder, moved to where the flow is and made what it is."""
+    first = next(flow.parameters())
+    return decoder.to(first.device, first.dtype).train(flow.training)
+
+
+def _made(flow: Any, decoder: Any, options: dict[str, Any]) -> CFM:
+    """A `CFM` of a host's own decoder."""
     if isinstance(decoder, CFM) or not hasattr(decoder, "estimator"):
         raise TypeError(
             "flow: expected one with the host's own decoder, got "
@@ -44,62 +140,12 @@ def from_host(flow: Any, **options: Any) -> CFM:
         "noise": getattr(decoder, "rand_noise", None),
         "returns": _returns(decoder),
         "training_times": _training_times(decoder) if cosine else "uniform",
+        "streaming": _always_masks(decoder.estimator),
     }
     for name in ("inference_cfg_rate", "training_cfg_rate", "sigma_min"):
         if hasattr(decoder, name):
             settings[name] = getattr(decoder, name)
     return CFM(estimator, **(settings | options)).train(decoder.training)
-
-
-def apply_to(flow: Any, cfm: CFM | None = None, **options: Any) -> CFM:
-    """Put a `CFM` in the place of `flow.decoder`; state dicts of the flow keep their keys.
-
-    Args:
-        flow: As of `from_host`.
-        cfm: What to put there; None: `from_host(flow, **options)`.
-
-    The host's decoder is kept, with its weights, until `restore`. Where no way back is wanted,
-    `flow.decoder = from_host(flow)` keeps nothing. A flow that is patched already stays as it is.
-    """
-    present = flow.decoder
-    if cfm is None:
-        cfm = present if isinstance(present, CFM) and not options else from_host(flow, **options)
-    if cfm is not present:
-        flow.decoder = cfm
-        _replaced[cfm] = _replaced.get(present, present)
-    return cfm
-
-
-def restore(flow: Any) -> None:
-    """Give a flow the decoder back that `apply_to` took, with the weights that it had.
-
-    It follows the flow to its device and mode.
-
-    Raises:
-        ValueError: a flow that `apply_to` has not patched (a deep copy of one).
-    """
-    decoder = _replaced.pop(flow.decoder, None)
-    if decoder is None:
-        raise ValueError(f"flow: expected a patched one, got {type(flow.decoder).__name__} in it")
-    device = next(flow.parameters()).device
-    flow.decoder = decoder.to(device).train(flow.training)
-
-
-def freeze(flow: Any) -> RemovableHandle:
-    """Freeze all of a flow but its estimator, for distillation.
-
-    The rest stays in eval whatever the host's trainer does, and keeps no activations: encoders run
-    once per batch, without gradients. `remove()` of what is returned ends the former.
-    """
-    flow.requires_grad_(False)
-    flow.decoder.estimator.requires_grad_(True)
-    return flow.register_forward_pre_hook(_rest_in_eval)
-
-
-def _rest_in_eval(flow: Any, arguments: Any) -> None:
-    for child in flow.children():
-        if child is not flow.decoder:
-            child.eval()
 
 
 def _estimator(estimator: Any) -> Estimator:
@@ -123,6 +169,12 @@ def _estimator(estimator: Any) -> Estimator:
     model.config = replace(model.config, chunk=getattr(estimator, "static_chunk_size", 0) or 50)
     weight = next(estimator.parameters())
     return Estimator(model.to(weight.device, weight.dtype))
+
+
+def _always_masks(estimator: Any) -> bool:
+    """Before it was told whether it streams, the host's estimator went by its chunk size alone."""
+    told = "streaming" in inspect.signature(estimator.forward).parameters
+    return not told and getattr(estimator, "static_chunk_size", 0) > 0
 
 
 def _returns(decoder: Any) -> str:
