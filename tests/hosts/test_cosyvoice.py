@@ -204,15 +204,30 @@ def test_noise_is_the_hosts_and_random_states_are_left_alone():
         torch.manual_seed(0)  # what the host does, to everyone's random state
         expected = torch.randn([1, 80, 50 * 300])
     flow, inputs = live_flow(), host_inputs([30])
-    del flow.decoder.rand_noise
     states = torch.get_rng_state(), random.getstate()
-    cfm = cosyvoice.apply_to(flow)
+    cfm = cosyvoice.apply_to(flow, noise="table")
     mel, _ = cfm(n_timesteps=3, temperature=0.5, **inputs)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert torch.equal(cfm.rand_noise, expected)
     given, _ = cfm(n_timesteps=3, noise=0.5 * expected[:, :, :30], **inputs)
     assert torch.equal(mel, given)
+
+
+@pytest.mark.parametrize("absent", [False, True])
+def test_noise_of_hosts_without_a_table_is_drawn(absent):
+    flow, inputs = live_flow(), host_inputs([30])
+    if absent:
+        del flow.decoder.rand_noise
+    else:
+        flow.decoder.rand_noise = None
+    cfm = cosyvoice.apply_to(flow)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        noise = torch.randn_like(inputs["mu"])
+        torch.manual_seed(4)
+        mel, _ = cfm(n_timesteps=3, **inputs)
+    assert torch.equal(mel, cfm(n_timesteps=3, noise=noise, **inputs)[0])
 
 
 def test_own_steps_come_before_the_flows():
@@ -324,6 +339,8 @@ def test_patch_and_restore(family):
     again = cosyvoice.apply_to(flow, grid=grids.cosine(10))
     assert flow.decoder is again
     torch.testing.assert_close(flow.inference(**given), expected[0], rtol=0, atol=1e-4)
+    with pytest.raises(TypeError, match=r"cfm: expected a CFM .*, got (DiT|CausalUNet)"):
+        cosyvoice.apply_to(flow, student.model)
     with pytest.raises(ValueError, match="options: expected none beside cfm, got nfe"):
         cosyvoice.apply_to(flow, student, nfe=2)
     assert flow.decoder is again
@@ -437,13 +454,16 @@ def test_what_is_read_of_a_live_flow():
 
     cfm = cosyvoice.from_host(HostFlow(First()))
     assert (cfm.returns, cfm.training_times, cfm.grid) == ("tensor", "cosine", "cosine")
-    assert cfm.rand_noise.shape == (1, 80, 15000)
+    assert cfm.rand_noise is None
     chatterbox = First()
     chatterbox.estimator = Foreign(small("dit").student())
     assert cosyvoice.from_host(HostFlow(chatterbox)).grid == "uniform"
     unknown = HostFlow(HostCFM(torch.nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="estimator: expected CosyVoice2's U-Net or CosyVoice3's"):
         cosyvoice.from_host(unknown)
+    for nothing in (None, torch.nn.Linear(1, 1)):
+        with pytest.raises(TypeError, match="flow: expected one with the host's own decoder"):
+            cosyvoice.apply_to(nothing)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -508,9 +528,11 @@ def test_restore_ends_freeze():
     cosyvoice.apply_to(flow)
     cosyvoice.freeze(flow)
     cosyvoice.freeze(flow)
-    assert len(flow._forward_pre_hooks) == 1
+    assert [len(part._forward_pre_hooks) for part in flow.children()] == [1, 1, 1, 0]
+    flow.train().encoder(torch.zeros(1, 16))  # some hosts train without the flow's own forward
+    assert not flow.encoder.training
     cosyvoice.restore(flow)
-    assert not flow._forward_pre_hooks
+    assert not any(part._forward_pre_hooks for part in flow.children())
     assert [p.requires_grad for p in flow.parameters()] == required
 
 
@@ -561,6 +583,9 @@ def test_a_baked_student_behind_the_hosts_loop(family):
             assert baked.blocks.dtype == baked.times.dtype == torch.float32
             got, _ = HostCFM(baked).to(dtype)(n_timesteps=10, **half)
             assert relative_rms(got, exact) < bound
+    assert BakedEstimator(student).dtype == torch.float32
+    with pytest.raises(TypeError, match="student: expected a DiT or a CausalUNet, got tuple"):
+        BakedEstimator((student, None))
     # any other number of steps is another grid
     assert torch.isnan(host(n_timesteps=9, **inputs)[0]).all()
     half = {name: value.bfloat16() for name, value in inputs.items()}

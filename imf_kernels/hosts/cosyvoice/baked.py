@@ -46,6 +46,10 @@ class BakedEstimator(nn.Module):
         doubled: bool = True,
     ) -> None:
         super().__init__()
+        if not isinstance(student, Model):
+            raise TypeError(
+                f"student: expected a DiT or a CausalUNet, got {type(student).__name__}"
+            )
         if nfe is None and isinstance(grid, str):
             nfe = 10
         self.grid = grids.make(grid, nfe).cpu()
@@ -62,6 +66,11 @@ class BakedEstimator(nn.Module):
         self.model = student.baked() if isinstance(student, DiT) else copy.deepcopy(student)
         self.eval().requires_grad_(False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights'."""
+        return self.model.dtype
+
     @torch.no_grad()
     def forward(
         self,
@@ -72,8 +81,13 @@ class BakedEstimator(nn.Module):
         spks: Tensor,
         cond: Tensor,
         streaming: bool = False,
+        *,
+        r: Tensor | None = None,
     ) -> Tensor:
-        """As of `Estimator`; rows at a time that is none of the grid's are NaN."""
+        """As of `Estimator`; rows at a time that is none of the grid's are NaN.
+
+        `r` is not read (Chatterbox gives it): a step ends at the grid's next time.
+        """
         rows = len(x)
         if self.doubled:
             if rows % 2:

@@ -23,7 +23,8 @@ class CFM(nn.Module):
     """In the place of `flow.decoder`: solves over any grid, and trains or distils.
 
     A teacher is guided, a student (with a mixer) is not. State, grid and noise are float32 in any
-    dtype of the flow, a row among others is the row alone, and no random state is touched.
+    dtype of the flow, a row among others is the row alone, and no random state is touched (but by
+    noise that is "drawn").
 
     Args:
         estimator: An `Estimator`, or its model.
@@ -33,7 +34,8 @@ class CFM(nn.Module):
         inference_cfg_rate: The host's guidance c, w = 1 + c; 0 for none.
         training_cfg_rate: Share of the rows that flow-matching training drops the conditions of.
         sigma_min: Of the host's flow-matching path.
-        noise: The table that noise is taken from, `[1, C, L]`; None: the host's, of the seed 0.
+        noise: The table that noise is taken from, `[1, C, L]`; "table": CosyVoice's, of the seed 0;
+            "drawn": no table, torch's random state, as Chatterbox has it.
         objective: `loss, info = objective(model, batch)`, such as `IntMeanFlow`: `compute_loss` is
             then the distillation's. It and its teacher are outside of the module tree.
         returns: "tuple", `(mel, None)`, or "tensor", as the first versions of the host had it.
@@ -52,7 +54,7 @@ class CFM(nn.Module):
         inference_cfg_rate: float = 0.7,
         training_cfg_rate: float = 0.2,
         sigma_min: float = 1e-6,
-        noise: Tensor | None = None,
+        noise: Tensor | str = "table",
         objective: Callable[[Any, Batch], tuple[Tensor, Any]] | None = None,
         returns: str = "tuple",
         training_times: str = "uniform",
@@ -75,8 +77,13 @@ class CFM(nn.Module):
         self.training_cfg_rate = training_cfg_rate
         self.sigma_min = sigma_min
         channels = self.model.config.channels
-        self.rand_noise = host_noise(channels) if noise is None else noise
-        checks.shape("noise", self.rand_noise, 1, channels, "L")
+        self.rand_noise: Any
+        if isinstance(noise, str):
+            checks.choice("noise", noise, ("table", "drawn"))
+            self.rand_noise = host_noise(channels) if noise == "table" else None
+        else:
+            checks.shape("noise", noise, 1, channels, "L")
+            self.rand_noise = noise
         self.objective = objective
         self.returns = returns
         self.training_times = training_times
@@ -148,7 +155,7 @@ class CFM(nn.Module):
             noised_mels: Chatterbox's noise of the frames after the prompt, `[B, C, S]`.
             meanflow: Chatterbox's; whether a model takes r is the model's own.
             noise: Noise at time 0, `[B, C, T]`; None: for every row the first T frames of the
-                table.
+                table, or drawn.
 
         Returns:
             Float32 `[B, C, T]`, zero beyond each row's frames; see `returns`.
@@ -180,15 +187,16 @@ class CFM(nn.Module):
         """Float32 `[B, C, T]`."""
         checks.shape("mu", mu, "B", self.model.config.channels, "T")
         rows, channels, frames = mu.shape
-        if noise is None:
-            known = self.rand_noise.shape[2]
-            if frames > known:
+        if noise is None and self.rand_noise is None:
+            noise = torch.randn_like(mu)
+        elif noise is None:
+            table = self.rand_noise = self.rand_noise.to(mu.device)
+            if frames > table.shape[2]:
                 raise ValueError(
-                    f"mu: expected no more than the noise table's {known} frames, got {frames}: "
-                    "give noise"
+                    f"mu: expected no more than the noise table's {table.shape[2]} frames, "
+                    f"got {frames}: give noise"
                 )
-            self.rand_noise = self.rand_noise.to(mu.device)
-            noise = self.rand_noise[:, :, :frames].expand(rows, -1, -1)
+            noise = table[:, :, :frames].expand(rows, -1, -1)
         checks.shape("noise", noise, rows, channels, frames)
         return noise.float()
 

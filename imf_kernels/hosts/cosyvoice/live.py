@@ -50,10 +50,16 @@ def apply_to(flow: Any, cfm: CFM | None = None, **options: Any) -> CFM:
 
     Raises:
         ValueError: options beside a cfm.
+        TypeError: another `cfm`, or what `from_host` raises it for.
     """
+    if cfm is not None and not isinstance(cfm, CFM):
+        raise TypeError(
+            "cfm: expected a CFM (`CFM(student.model, grid=student.grid)`), "
+            f"got {type(cfm).__name__}"
+        )
     if cfm is not None and options:
         raise ValueError(f"options: expected none beside cfm, got {', '.join(options)}")
-    decoder = flow.decoder
+    decoder = getattr(flow, "decoder", None)
     if isinstance(decoder, CFM) and flow in _replaced:
         decoder = _following(flow, _replaced[flow])
     flow.decoder = _made(flow, decoder, options) if cfm is None else cfm
@@ -71,10 +77,11 @@ def restore(flow: Any) -> None:
         ValueError: a flow that `apply_to` has not patched (a deep copy of one).
     """
     decoder = _replaced.pop(flow, None)
-    if decoder is None or not isinstance(flow.decoder, CFM):
+    present = getattr(flow, "decoder", None)
+    if decoder is None or not isinstance(present, CFM):
         raise ValueError(
             "flow: expected one that apply_to has patched, got "
-            f"{type(flow).__name__} with {type(flow.decoder).__name__}"
+            f"{type(flow).__name__} with {type(present).__name__}"
         )
     if flow in _frozen:
         _frozen[flow].remove()
@@ -85,14 +92,17 @@ class Frozen:
     """What `freeze` does to a flow, until `remove()`."""
 
     def __init__(self, flow: Any) -> None:
-        self._hook = flow.register_forward_pre_hook(_rest_in_eval)
+        rest = [child for child in flow.children() if child is not flow.decoder]
+        # of the parts, as some hosts train by another method than the flow's own forward
+        self._hooks = [child.register_forward_pre_hook(_in_eval) for child in rest]
         self._before = [(parameter, parameter.requires_grad) for parameter in flow.parameters()]
         flow.requires_grad_(False)
         flow.decoder.estimator.requires_grad_(True)
 
     def remove(self) -> None:
         """Gradients are required of what they were required of before."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for parameter, required in self._before:
             parameter.requires_grad_(required)
         self._before.clear()
@@ -113,10 +123,8 @@ def freeze(flow: Any) -> Frozen:
     return _frozen[flow]
 
 
-def _rest_in_eval(flow: Any, arguments: Any) -> None:
-    for child in flow.children():
-        if child is not flow.decoder:
-            child.eval()
+def _in_eval(part: nn.Module, arguments: Any) -> None:
+    part.eval()
 
 
 def _following(flow: Any, decoder: Any) -> Any:
@@ -135,9 +143,10 @@ def _made(flow: Any, decoder: Any, options: dict[str, Any]) -> CFM:
     estimator = _estimator(decoder.estimator)
     meanflow = estimator.model.config.mixer  # Chatterbox steps its own uniformly
     cosine = getattr(decoder, "t_scheduler", "cosine") == "cosine"
+    table = getattr(decoder, "rand_noise", None)
     settings: dict[str, Any] = {
         "grid": "cosine" if cosine and not meanflow else "uniform",
-        "noise": getattr(decoder, "rand_noise", None),
+        "noise": "drawn" if table is None else table,
         "returns": _returns(decoder),
         "training_times": _training_times(decoder) if cosine else "uniform",
         "streaming": _always_masks(decoder.estimator),
