@@ -31,6 +31,9 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> dict[str, Tensor]
     and counters. The tensors are on the CPU, of the file's dtypes, and lie in the file, mapped into
     memory: copy what is kept, and do not write into the file meanwhile.
 
+    The tensors of a `.pt` are held against its checksums. A `.safetensors` has none: flipped bits
+    in its tensors are read as they are.
+
     Args:
         path: A `.pt` that `torch.save` wrote, or a `.safetensors`; on disk, or on the hub as
             "hf://owner/repo/folder/file" (needs `huggingface_hub`).
@@ -46,7 +49,7 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> dict[str, Tensor]
         if format_of(file) == ".safetensors":
             held: Any = _read_safetensors(file)[0]
         else:
-            held = _weights(_read_pt(file), ema)
+            held = _state_dict(_read_pt(file), ema)
         tensors = {name: _dense(name, value) for name, value in held.items()}
         size = sum(value.numel() * value.element_size() for value in tensors.values())
         if size > file.stat().st_size:  # views of one another: shapes that would fill the memory
@@ -73,6 +76,10 @@ def write(
     Args:
         within: The entry of a `.pt` that holds the tensors; None: they are its entries.
         metadata: Of a `.safetensors`.
+
+    Raises:
+        ValueError: another suffix.
+        FileNotFoundError: no such directory.
     """
     file = Path(path)
     if format_of(file) == ".safetensors":
@@ -170,7 +177,7 @@ def _read_pt(file: Path) -> Any:
         ) from error
 
 
-def _weights(held: Any, ema: bool) -> dict[Any, Any]:
+def _state_dict(held: Any, ema: bool) -> dict[Any, Any]:
     """The state dict of a training file, or `held` itself, without plain values (epoch, step)."""
     if not isinstance(held, dict):
         raise ValueError(f"expected a dict of tensors, got {type(held).__name__}")

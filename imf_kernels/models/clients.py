@@ -17,7 +17,8 @@ def load_f5(path: Name, variant: str | None = None, *, ema: bool = True) -> DiT:
 
     Args:
         path: What F5-TTS publishes (`.safetensors`, or `.pt` with `ema_model_state_dict`), what its
-            `Trainer` writes, or the bare network; see `checkpoints.read`.
+            `Trainer` writes, or the bare network; see `checkpoints.read`. Damage to the weights of
+            a `.safetensors`, which has no checksums, is not noticed where they stay finite.
         variant: "f5_v0" (F5TTS_Base, F5TTS_Small) or "f5_v1" (F5TTS_v1_Base, F5TTS_v1_Small). Their
             files are alike to the last key, so nothing but the caller can tell them apart.
         ema: The averaged weights of a training file, or those that were trained.
@@ -35,7 +36,7 @@ def load_f5(path: Name, variant: str | None = None, *, ema: bool = True) -> DiT:
         ahead = state_dicts.prefix(weights, DiT.root)
         if ahead.startswith("ema_model.") and not ema:
             raise ValueError("ema: expected True for a file of averaged weights, got False")
-        others = [name for name in weights if not (name.startswith(ahead) or _beside(name))]
+        others = [name for name in weights if not (name.startswith(ahead) or _is_extra(name))]
         if others:
             raise ValueError(
                 f"state_dict: expected keys of F5-TTS, got {state_dicts.few(others)} others"
@@ -94,6 +95,6 @@ def load_token_encoder(path: Name) -> TokenEncoder:
         return TokenEncoder.from_state_dict(weights)
 
 
-def _beside(name: str) -> bool:
+def _is_extra(name: str) -> bool:
     """What F5-TTS's files hold beside the network: counters, and in old ones the mel transform."""
     return name in ("initted", "step") or "mel_spec.mel_stft." in name

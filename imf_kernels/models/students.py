@@ -1,12 +1,14 @@
 """A student as two files: one that the client's own code loads, and beside it what only we know.
 
 The clients load strictly, so the first has the teacher's keys and no other. The second, a small
-safetensors, holds the mixer and says what the student is. It names the weights that it belongs to,
-so that half of a pair that was not written whole, or has been overwritten, is noticed.
+safetensors, holds the mixer and says what the student is, both under a hash of the whole student.
+So damage to either file is noticed, and so is half of another pair. While a student is written over
+another, the second file tells of both, so that a crash at any point leaves one that loads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -59,22 +61,24 @@ def save_student(
 ) -> None:
     """Write `path`, in the teacher's shape, and `<path without suffix>.student.safetensors`.
 
-    Weights keep their dtype. Each file is written atomically, and `load_student` refuses a pair of
-    which only one was.
+    Weights keep their dtype. Both files are written atomically, and a student that was there before
+    loads until the new one does.
 
     Args:
         path: A `.pt` or `.safetensors` file.
         like: The teacher's checkpoint: `path` gets all of its weights, the estimator's replaced by
             the student's, which is what CosyVoice loads. None: the estimator alone, under its
-            client's prefix, which is what F5-TTS loads.
+            client's prefix, which is what F5-TTS loads. (Give its `Trainer` a folder without
+            the second file: of several `pretrained_*` it takes any.)
         grid, nfe: The grid to sample on: times, or a name with `nfe`.
         guidance: w of the teacher that was distilled.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: a model that is baked, in FP8, without mixer or of
-            several dtypes; a `like` of another shape; naming the argument or the file.
+            several dtypes; a `like` of another shape; a file or directory that is not there. They
+            name the argument or the file.
     """
-    own = _weights(student)
+    own = _savable(student)
     checkpoints.format_of(Path(path))
     guidance = _finite("guidance", guidance)
     if grid is None and nfe is not None:
@@ -87,49 +91,56 @@ def save_student(
     else:
         ahead = "ema_model.transformer." if f5 else "decoder.estimator."
         weights = {ahead + name: value for name, value in own.items() if name != MIXER}
-    metadata = {
-        "format": FORMAT,
-        "kind": "dit" if isinstance(student, DiT) else "causal_unet",
-        "config": json.dumps(asdict(student.config)),
-        "grid": json.dumps(times),
-        "guidance": json.dumps(guidance),
-        "estimator": _fingerprint(own),
-        "imf_kernels": __version__,
-        "torch": torch.__version__,
-    }
-    checkpoints.write(_beside(path), {MIXER: own[MIXER]}, metadata=metadata)
+        if f5:
+            weights |= {"initted": torch.tensor(True), "step": torch.tensor(0)}
+    said = json.dumps(
+        {
+            "kind": "dit" if isinstance(student, DiT) else "causal_unet",
+            "config": asdict(student.config),
+            "grid": times,
+            "guidance": guidance,
+            "imf_kernels": __version__,
+            "torch": torch.__version__,
+        }
+    )
+    side, new = _side_file(path), {_fingerprint(said, own): (said, own[MIXER])}
+    try:
+        before = _read_side(side)
+    except (ValueError, FileNotFoundError):
+        before = {}
+    _write_side(side, before | new)
     checkpoints.write(path, weights, within=checkpoints.EMA if f5 else None)
+    if before:
+        _write_side(side, new)
 
 
 def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Student:
     """Read what `save_student` wrote; `path` is the teacher-shaped file, on disk or on the hub.
 
     Raises:
-        ValueError, FileNotFoundError: naming the file; also a pair that does not belong together.
+        ValueError, FileNotFoundError: naming the file; also a pair that is damaged or does not
+            belong together.
     """
-    weights, side = checkpoints.read(path), _beside(path)
-    said, mixer = checkpoints.metadata(side), checkpoints.read(side)
+    weights, side = checkpoints.read(path), _side_file(path)
+    for digest, (text, mixer) in _read_side(side).items():
+        with checkpoints.naming(side):
+            said = json.loads(text)
+            if said["kind"] not in KINDS:
+                raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {said['kind']!r}")
+            model_type, config_of = KINDS[said["kind"]]
+        with contextlib.suppress(ValueError):  # weights of another kind
+            own = state_dicts.without_prefix(weights, model_type.root) | {MIXER: mixer}
+            if _fingerprint(text, own) == digest:
+                break
+    else:
+        raise ValueError(
+            f"{path}: expected the weights that {side} was saved with, "
+            "got others, or one of the two files is damaged"
+        )
     with checkpoints.naming(side):
-        if (said.get("format"), said.get("kind") in KINDS) != (FORMAT, True):
-            raise ValueError(
-                f"format, kind: expected {FORMAT!r} and one of {', '.join(KINDS)}, "
-                f"got {said.get('format')!r} and {said.get('kind')!r}"
-            )
-        model_type, config_of = KINDS[said["kind"]]
-        config = config_of(json.loads(said["config"]))
-        grid, guidance = json.loads(said["grid"]), json.loads(said["guidance"])
-        grid = None if grid is None else grids.validate(grid)
-        guidance = _finite("guidance", guidance)
-        if list(mixer) != [MIXER]:
-            raise ValueError(f"expected the key {MIXER!r} alone, got {state_dicts.few(mixer)} keys")
+        config, guidance = config_of(said["config"]), _finite("guidance", said["guidance"])
+        grid = None if said["grid"] is None else grids.validate(said["grid"])
     with checkpoints.naming(path):
-        own = state_dicts.without_prefix(weights, model_type.root) | mixer
-        found = _fingerprint(own)
-        if found != said["estimator"]:
-            raise ValueError(
-                f"expected the weights that {side} was saved with (SHA-256 {said['estimator']}), "
-                f"got others ({found})"
-            )
         dtype = own[model_type.root].dtype
         model = state_dicts.load(lambda: model_type(config), config.blocks, own, dtype)
     return Student(model.to(device).eval(), grid, guidance)
@@ -141,11 +152,32 @@ def _finite(name: str, value: Any) -> float | None:
     return value
 
 
-def _beside(path: str | os.PathLike[str]) -> str:
+def _side_file(path: str | os.PathLike[str]) -> str:
     return os.path.splitext(os.fspath(path))[0] + SUFFIX
 
 
-def _weights(student: Any) -> dict[str, Tensor]:
+def _read_side(side: str) -> dict[str, tuple[str, Tensor]]:
+    """By fingerprint, what is said of a student, and its mixer; of several amid a write."""
+    said, mixers = checkpoints.metadata(side), checkpoints.read(side)
+    with checkpoints.naming(side):
+        found = said.pop("format", None)
+        if found != FORMAT:
+            raise ValueError(f"format: expected {FORMAT!r}, got {found!r}")
+        if not mixers or said.keys() != mixers.keys():
+            raise ValueError(
+                "expected a mixer for every student that it tells of, "
+                f"got {state_dicts.few(mixers)} for {state_dicts.few(said)}"
+            )
+    return {digest: (said[digest], mixer) for digest, mixer in mixers.items()}
+
+
+def _write_side(side: str, held: Mapping[str, tuple[str, Tensor]]) -> None:
+    said = {digest: text for digest, (text, _) in held.items()}
+    mixers = {digest: mixer for digest, (_, mixer) in held.items()}
+    checkpoints.write(side, mixers, metadata={"format": FORMAT, **said})
+
+
+def _savable(student: Any) -> dict[str, Tensor]:
     """A student's weights on the CPU, if it is one that can be saved."""
     if type(student) not in (DiT, CausalUNet):
         raise TypeError(f"student: expected a DiT or a CausalUNet, got {type(student).__name__}")
@@ -179,10 +211,10 @@ def _in_place(
     return {name: replaced[name] if name in replaced else kept[name] for name in weights}
 
 
-def _fingerprint(own: Mapping[str, Tensor]) -> str:
-    """SHA-256 of an estimator's names, dtypes, shapes and bytes, without the mixer."""
-    digest = hashlib.sha256()
-    for name in sorted(own.keys() - {MIXER}):
+def _fingerprint(said: str, own: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what is said of a student and of its weights' names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256(f"{said}\n".encode())
+    for name in sorted(own):
         value = own[name].contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update((ctypes.c_char * value.nbytes).from_address(value.data_ptr()))

@@ -13,6 +13,7 @@ from torch import nn
 from benchmarks import f5_client
 from imf_kernels import IntMeanFlow
 from imf_kernels.hosts.f5_tts import F5TTS, apply_to, from_host, restore
+from imf_kernels.models import save_student
 from tests.models.tools import relative_rms
 
 try:
@@ -338,3 +339,20 @@ def test_the_trainer_distils(tmp_path, make):
     given = request() | {"steps": 2, "cfg_strength": 0.0, "seed": 0}
     expected = averaged.sample(**given)[0]
     assert torch.equal(resumed.ema_model.ema_model.sample(**given)[0], expected)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_the_trainer_starts_from_a_saved_student(tmp_path, suffix):
+    cfm, student = live(), from_host(live()).student().transformer
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.mul_(1.1)
+    path = tmp_path / f"pretrained_s{suffix}"
+    save_student(student, path)
+    (tmp_path / "pretrained_s.student.safetensors").unlink()  # it might take this one
+    training = trainer(cfm, tmp_path)
+    assert training.load_checkpoint() == 0
+    expected = student.state_dict()
+    for model in (cfm, training.ema_model.ema_model):
+        for name, value in model.transformer.state_dict().items():
+            assert torch.equal(value, expected[name]), name

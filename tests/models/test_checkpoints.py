@@ -8,6 +8,7 @@ import sys
 import types
 import zipfile
 from collections import OrderedDict
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from imf_kernels import grids, sampler
+from imf_kernels.files import replacing
 from imf_kernels.models import (
     Baked,
     CausalUNet,
@@ -334,30 +336,63 @@ def test_a_pair_that_does_not_belong_together_is_refused(tmp_path):
     save_student(student, one)
     save_student(other, two)
     os.replace(tmp_path / "two.student.safetensors", tmp_path / "one.student.safetensors")
-    with pytest.raises(ValueError, match=r"one.pt: expected the weights that .*SHA-256 .* others"):
+    with pytest.raises(ValueError, match=r"one.pt: expected the weights that .* others"):
         load_student(one)
     with pytest.raises(FileNotFoundError, match=r"two.student.safetensors"):
         load_student(two)
 
 
-def test_a_crash_between_the_two_files_is_noticed(tmp_path, monkeypatch):
-    path, write = tmp_path / "student.pt", checkpoints.write
-    save_student(listening(dit()), path)
-    assert load_student(path)
-    calls = []
+def test_a_crash_at_any_point_leaves_one_of_the_two_students(tmp_path, monkeypatch):
+    path, side = tmp_path / "student.pt", tmp_path / "student.student.safetensors"
+    students = [listening(dit()), listening(unet()), listening(dit(seed=1))]
+    left = None  # how many points are passed before the crash
 
-    def crashing(*args, **options):
-        calls.append(args)
-        if len(calls) == 2:
-            raise OSError("no space left on device")
-        write(*args, **options)
+    def point():
+        nonlocal left
+        if left is not None:
+            left -= 1
+            if left < 0:
+                raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoints, "write", crashing)
-    with pytest.raises(OSError, match="no space"):
-        save_student(listening(dit(seed=1)), path)
-    with pytest.raises(ValueError, match=r"student\.pt: expected the weights .* others"):
-        load_student(path)
-    assert len(list(tmp_path.iterdir())) == 2
+    @contextmanager
+    def crashing(file):
+        point()
+        with replacing(file) as temporary:
+            yield temporary
+            point()
+        point()
+
+    monkeypatch.setattr(checkpoints, "replacing", crashing)
+    was = 0
+    save_student(students[was], path, guidance=0.0)
+    for points in range(9):  # three files, each before, while and after it is written
+        left, new = points, (was + 1) % 3
+        with pytest.raises(OSError, match="no space"):
+            save_student(students[new], path, guidance=float(new))
+        loaded = load_student(path)
+        assert loaded.guidance in (was, new)
+        was = int(loaded.guidance)
+        same(loaded.model, students[was])
+    assert was  # some of the crashes came after the new student
+
+    left = None
+    save_student(students[0], path)
+    same(load_student(path).model, students[0])
+    assert len(checkpoints.read(side)) == 1
+    assert set(tmp_path.iterdir()) == {path, side}
+
+
+def test_an_f5_student_has_the_entries_of_the_published_files(tmp_path):
+    student = listening(dit())
+    save_student(student, tmp_path / "student.pt")
+    written = torch.load(tmp_path / "student.pt", weights_only=True)["ema_model_state_dict"]
+    published = f5_average(dit())
+    assert published.keys() - written.keys() == {"ema_model.mel_spec.mel_stft.spectrogram.window"}
+    for name, value in written.items():
+        assert (value.dtype, value.shape) == (published[name].dtype, published[name].shape)
+    assert written["initted"]
+    save_student(listening(unet()), tmp_path / "student.pt")
+    assert "step" not in torch.load(tmp_path / "student.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -392,6 +427,11 @@ def wrong_students():
     yield student, {"nfe": 2}, "nfe: expected None without a grid, got 2"
     yield student, {"grid": [0.0, 2.0]}, "grid: expected times from 0 to 1"
     yield student, {"path": "student.bin"}, "path: expected a file .pt or .safetensors"
+    yield (
+        student,
+        {"path": "missing/student.pt"},
+        "path: .* directory that exists, got no .*missing",
+    )
     yield student, {"like": "nothing.pt"}, "nothing.pt"
 
 
