@@ -205,8 +205,20 @@ void attention(
     at::IntArrayRef key_starts, at::IntArrayRef key_ends, double scale, Tensor& out, Tensor& lse) {
   TORCH_CHECK(attention_runs(), "attention_cpu: needs AVX-512");
   TORCH_CHECK(q.size(2) == kWidth && q.stride(2) == 1, "q: dense heads of 64");
-  TORCH_CHECK(kv.size(3) == kWidth && kv.stride(3) == 1, "kv: dense heads of 64");
+  TORCH_CHECK(
+      kv.size(3) == kWidth && kv.stride(3) == 1 && kv.size(2) == q.size(1),
+      "kv: dense heads of 64, as many as q's");
   const int64_t heads = q.size(1);
+  const size_t pieces = query_starts.size();
+  TORCH_CHECK(
+      query_ends.size() == pieces && key_starts.size() == pieces && key_ends.size() == pieces,
+      "pieces: a start and an end of queries and of keys each");
+  for (size_t p = 0; p < pieces; ++p) {
+    TORCH_CHECK(
+        0 <= query_starts[p] && query_ends[p] <= q.size(0) && 0 <= key_starts[p] &&
+            key_starts[p] <= key_ends[p] && key_ends[p] <= kv.size(0),
+        "pieces: within q and kv");
+  }
   const float* p_q = q.const_data_ptr<float>();
   const float* p_kv = kv.const_data_ptr<float>();
   float* p_out = out.mutable_data_ptr<float>();
@@ -216,7 +228,7 @@ void attention(
     int64_t head, keys_from, first, count, keys;
   };
   std::vector<Task> tasks;
-  for (size_t p = 0; p < query_starts.size(); ++p) {
+  for (size_t p = 0; p < pieces; ++p) {
     for (int64_t head = 0; head < heads; ++head) {
       for (int64_t first = query_starts[p]; first < query_ends[p]; first += kWidth) {
         tasks.push_back(

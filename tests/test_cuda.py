@@ -7,6 +7,7 @@ from imf_kernels import Batch, IntMeanFlow, Teacher, backend, fp8, sampler
 from imf_kernels.models.config import FP8_LAYERS
 from imf_kernels.ops.fp8_linear import runs_on
 from imf_kernels.streaming import Streams
+from tests.models.test_cosyvoice2 import small_unet
 from tests.models.tools import VARIANTS, conditions, relative_rms, small_model
 
 pytestmark = pytest.mark.gpu
@@ -47,22 +48,43 @@ def test_a_solve_never_waits_for_the_device(on_cuda, no_sync):
     sampler.sample(model, z, cond, [0.0, 0.3, 1.0], guidance=2.0)
 
 
+def streamed(family):
+    """Models whose heads are of a width that the kernels take."""
+    if family == "unet":
+        return small_unet(mid_blocks=1, depth=1, head_dim=64).cuda()
+    return small_model("cosyvoice3", head_dim=64).cuda()
+
+
+@pytest.mark.parametrize("family", ["unet", "dit"])
 @pytest.mark.parametrize("w", [None, 1.7])
-def test_a_stream_never_waits_for_the_device(w, request):
-    model, said = small_model("cosyvoice3").cuda(), torch.randn(2, 120, 12, device="cuda")
+@pytest.mark.parametrize("full", [False, True])
+def test_a_stream_never_waits_for_the_device(family, w, full, request):
+    model, said = streamed(family), torch.randn(2, 120, 12, device="cuda")
     spks, prompt = torch.randn(12, device="cuda"), torch.zeros(1, 120, 12, device="cuda")
-    cond = model.prepare(prompt, mu=said[:1], spks=spks[None], guided=w is not None, streaming=True)
-    want = sampler.sample(model, said[1:], cond, "cosine", nfe=2, guidance=w)[0]
+    given = {"mu": said[:1], "spks": spks[None], "guided": w is not None}
+    blocks, whole = (
+        sampler.sample(
+            model,
+            said[1:],
+            model.prepare(prompt, **given, streaming=masked),
+            "cosine",
+            nfe=2,
+            guidance=w,
+        )[0]
+        for masked in (True, False)
+    )
     streams = Streams(model, "cosine", 2, guidance=w, frames=120)
     request.getfixturevalue("no_sync")
     with streams.open(120, spks=spks, noise=said[1]) as stream:
         for mu in said[0].split(30):
             stream.feed(mu)
             streams.step()
-        stream.finish()
-        mel = stream.drain()
+        mels = [stream.drain()]
+        stream.finish(full_attention=full)
+        mels.append(stream.drain())
     torch.cuda.set_sync_debug_mode("default")
-    assert relative_rms(mel, want) <= 1e-5
+    assert relative_rms(mels[0], blocks[:100]) <= 1e-5
+    assert relative_rms(mels[1], (whole if full else blocks)[100:]) <= 1e-5
 
 
 def test_kernels_solve_as_the_reference_does(on_cuda):

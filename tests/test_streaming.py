@@ -58,7 +58,7 @@ class Utterance:
         max_frames = self.frames + spare
         return streams.open(max_frames, spks=self.spks, noise=noise, prompt=self.prompt)
 
-    def solved(self, model, nfe, w, streaming=True):
+    def solved(self, model, nfe, w, streaming=True, grid="cosine"):
         """By the sampler, all at once: the frames behind the prompt."""
         prompt = torch.zeros(1, self.frames, CHANNELS)
         prompt[0, : len(self.prompt)] = self.prompt
@@ -69,7 +69,7 @@ class Utterance:
             guided=w is not None,
             streaming=streaming,
         )
-        mel = sampler.sample(model, self.noise[None], cond, "cosine", nfe=nfe, guidance=w)
+        mel = sampler.sample(model, self.noise[None], cond, grid, nfe=nfe, guidance=w)
         return mel[0, len(self.prompt) :]
 
     def pieces(self, draw):
@@ -173,6 +173,20 @@ def test_full_attention_at_the_end(family, w, solved):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_full_attention_lets_blocks_under_way_end(family):
+    model, said = MODELS[family][None], Utterance(23, 7)
+    streams = Streams(model, "cosine", 2, frames=23)
+    with said.open(streams) as stream:
+        stream.feed(said.mu)
+        assert streams.step() == []
+        stream.finish(full_attention=True)
+        got = stream.drain()
+    blocks, whole = (said.solved(model, 2, None, streaming=masked) for masked in (True, False))
+    assert relative_rms(got[:13], blocks[:13]) <= BOUND
+    assert relative_rms(got[13:], whole[13:]) <= BOUND
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_full_attention_has_nothing_to_add_to_whole_blocks(family):
     model, said = MODELS[family][None], Utterance(10, 0)
     with said.open(Streams(model, nfe=1, frames=10)) as stream:
@@ -231,6 +245,47 @@ def test_rows_extended_by_the_models_alone(family):
             assert relative_rms(got, want[branch][row, first:last]) <= BOUND
 
 
+SWITCHES = [{"qk_norm": True, "rope_heads": 2}, {"long_skip": True}, {"rope_heads": 0}]
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_a_dits_switches(switches):
+    model, said = build("dit", **switches), Utterance(13, 3)
+    streams = Streams(model, "cosine", 2, guidance=1.7, frames=13)
+    with said.open(streams) as stream:
+        for mu in said.mu.split(4):
+            stream.feed(mu)
+            streams.step()
+        stream.finish()
+        assert relative_rms(stream.drain(), said.solved(model, 2, 1.7)) <= BOUND
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("made", "opened", "used"), [(1, 1, 0), (0, 1, 0), (1, 0, 1), (0, 0, 1)])
+def test_inference_mode_may_begin_and_end_anywhere(family, made, opened, used):
+    model, said = MODELS[family][1.7], Utterance(12, 3)
+    with torch.inference_mode(bool(made)):
+        streams = Streams(model, "cosine", 2, guidance=1.7, frames=12)
+    with torch.inference_mode(bool(opened)):
+        stream = said.open(streams)
+    with torch.inference_mode(bool(used)):
+        stream.feed(said.mu[:7])
+        streams.step()
+    stream.feed(said.mu[7:])
+    stream.finish()
+    assert relative_rms(stream.drain(), said.solved(model, 2, 1.7)) <= BOUND
+
+
+def test_autocast_does_not_reach_a_step():
+    model, said = MODELS["dit"][None], Utterance(12, 3)
+    streams = Streams(model, "cosine", 2, frames=12)
+    with torch.autocast("cpu", torch.bfloat16), said.open(streams) as stream:
+        stream.feed(said.mu)
+        stream.finish()
+        got = stream.drain()
+    assert relative_rms(got, said.solved(model, 2, None)) <= BOUND
+
+
 def test_half_precision_stays_near():
     model, said = build("unet").bfloat16(), Utterance(23, 4)
     with said.open(Streams(model, "cosine", 2, frames=23)) as stream:
@@ -263,6 +318,15 @@ def test_noise_from_a_generator_is_its_own():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_stream_without_room_draws_no_noise():
+    streams, noise = Streams(MODELS["unet"][None], nfe=1, frames=10), torch.Generator()
+    with streams.open(10, spks=torch.zeros(CHANNELS), noise=torch.Generator()):
+        before = noise.get_state()
+        with pytest.raises(Full):
+            streams.open(10, spks=torch.zeros(CHANNELS), noise=noise)
+    assert torch.equal(noise.get_state(), before)
+
+
 def test_what_is_given_may_change_afterwards():
     streams, said = Streams(MODELS["unet"][None], nfe=1, frames=10), Utterance(10, 3)
     want = said.solved(MODELS["unet"][None], 1, None)
@@ -283,7 +347,9 @@ def test_memory_is_declared_and_given_back():
     # keys and values of 3 layers with 2 heads of 16, float32, in 3 steps and 2 branches
     assert first.nbytes >= 10 * 6 * 3 * 2 * 32 * 4
     assert first.nbytes == second.nbytes
-    assert sum(s.nbytes for s in (first, second)) < streams.nbytes + 2 * 4 * 10 * CHANNELS * 4
+    beside = CHANNELS * 4 + 10 * (5 * CHANNELS * 4 + 2 * model.specs["conditions"].dims[2] * 4)
+    nobody = streams._cache.nbytes_of_frame
+    assert 3 * (first.nbytes - beside) == streams.nbytes - nobody
     with pytest.raises(ValueError, match=r"max_frames: expected at most the pool's \d+, got 1000"):
         streams.open(1000, spks=torch.zeros(CHANNELS), noise=torch.Generator())
     with pytest.raises(Full, match="max_frames: expected at most the 10 that are free"):
@@ -301,6 +367,29 @@ def test_memory_is_declared_and_given_back():
     Utterance(30, 0).open(streams).close()
 
 
+def test_frames_not_taken_hold_their_own_memory():
+    streams = Streams(MODELS["unet"][None], nfe=1, frames=40, streams=4)
+    said = [Utterance(10, 0, seed) for seed in range(4)]
+    live = [one.open(streams) for one in said]
+    for one, stream in zip(said, live, strict=True):
+        stream.feed(one.mu)
+    streams.step()
+    (waiting,) = live[0]._done
+    assert waiting.untyped_storage().nbytes() == waiting.nbytes
+
+
+def test_features_in_place_of_others_leave_a_stream_whole_when_refused():
+    said = Utterance(12, 11)
+    with said.open(Streams(MODELS["unet"][None], "cosine", 1, frames=12)) as stream:
+        stream.feed(said.mu[:10])
+        with pytest.raises(ValueError, match="mu: expected conditions of 11 to 12 frames, got 10"):
+            stream.finish(full_attention=True, mu=torch.zeros(10, CHANNELS))
+        assert stream.fed == 10
+        stream.feed(said.mu[10:])
+        stream.finish()
+        assert len(stream.drain()) == 1
+
+
 def test_a_failed_step_closes_what_it_stepped(monkeypatch):
     streams, said = Streams(build("unet"), nfe=2, frames=20, streams=2), Utterance(10, 0)
     stream, idle = said.open(streams), said.open(streams)
@@ -312,8 +401,21 @@ def test_a_failed_step_closes_what_it_stepped(monkeypatch):
     with pytest.raises(RuntimeError, match="closed"):
         stream.take()
     idle.feed(said.mu)
-    want = said.solved(streams.model, 2, None)
-    assert idle.drain().shape == want.shape
+    want = said.solved(streams.model, 2, None, grid="uniform")
+    assert relative_rms(idle.drain(), want) <= BOUND
+
+
+def test_one_call_runs_at_a_time():
+    streams, said = Streams(MODELS["unet"][None], nfe=1, frames=10), Utterance(10, 0)
+    with said.open(streams) as stream:
+        calls = [streams.step, stream.take, lambda: stream.feed(said.mu), stream.finish]
+        for call in [*calls, stream.close]:
+            thread = threading.Thread(target=call)
+            with streams._lock:
+                thread.start()
+                thread.join(0.05)
+                assert thread.is_alive()
+            thread.join()
 
 
 def test_threads_may_feed_while_another_steps():

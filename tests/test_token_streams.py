@@ -114,6 +114,35 @@ def test_bounds_and_closing(encoder):
         )
 
 
+def test_a_failure_while_encoding_closes_the_encoder(encoder, monkeypatch):
+    said, frames = Utterance(encoder), encoder.frames
+    calls = []
+
+    def fails_the_second_time(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError
+        return frames(*args)
+
+    monkeypatch.setattr(encoder, "frames", fails_the_second_time)
+    with said.open() as stream:
+        with pytest.raises(MemoryError):
+            stream.feed(said.tokens)
+        with pytest.raises(RuntimeError, match="closed"):
+            stream.feed(said.tokens)
+
+
+def test_a_prompt_without_its_tokens_may_still_get_them(encoder):
+    said = Utterance(encoder)
+    with said.open() as stream:
+        stream.feed(said.tokens[:2])
+        with pytest.raises(ValueError, match=r"tokens: expected those of .* 5 frames, got 2"):
+            stream.finish()
+        stream.feed(said.tokens[2:])
+        stream.finish()
+        assert relative_rms(stream.drain(), said.whole(streaming=True)) <= 1e-5
+
+
 def test_features_for_the_last_part_are_checked(encoder):
     said = Utterance(encoder)
     frames = said.streams.open(10, spks=said.spks, noise=said.noise[:10])

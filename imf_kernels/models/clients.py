@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from imf_kernels.models import checkpoints, state_dicts
 from imf_kernels.models.cosyvoice2 import CausalUNet
 from imf_kernels.models.dit import DiT
+from imf_kernels.models.state_dicts import MIXER
+from imf_kernels.models.students import side_file
 from imf_kernels.models.token_encoder import TokenEncoder
 
 Name = str | os.PathLike[str]
@@ -32,6 +35,7 @@ def load_f5(path: Name, variant: str | None = None, *, ema: bool = True) -> DiT:
             f"variant: expected 'f5_v0' or 'f5_v1' (the file does not tell which), got {variant!r}"
         )
     weights = checkpoints.read(path, ema=ema)
+    _expect_whole(path, weights)
     with checkpoints.naming(path):
         ahead = state_dicts.prefix(weights, DiT.root)
         if ahead.startswith("ema_model.") and not ema:
@@ -59,6 +63,7 @@ def load_cosyvoice2(path: Name) -> CausalUNet:
             shape.
     """
     weights = checkpoints.read(path)
+    _expect_whole(path, weights)
     with checkpoints.naming(path):
         return CausalUNet.from_state_dict(weights)
 
@@ -75,6 +80,7 @@ def load_cosyvoice3(path: Name) -> DiT:
             shape.
     """
     weights = checkpoints.read(path)
+    _expect_whole(path, weights)
     with checkpoints.naming(path):
         return DiT.from_state_dict(weights, "cosyvoice3")
 
@@ -93,6 +99,14 @@ def load_token_encoder(path: Name) -> TokenEncoder:
     weights = checkpoints.read(path)
     with checkpoints.naming(path):
         return TokenEncoder.from_state_dict(weights)
+
+
+def _expect_whole(path: Name, weights: Iterable[str]) -> None:
+    """A student without what its side file holds would be taken for a teacher, silently."""
+    if os.path.exists(side_file(path)) and not any(name.endswith(MIXER) for name in weights):
+        raise ValueError(
+            f"path: expected a teacher, got a student, which load_student reads: {path}"
+        )
 
 
 def _is_extra(name: str) -> bool:

@@ -197,7 +197,7 @@ class CausalUNet(Estimator):
         widths = (self.config.channels, *[dim] * (2 + between), 2 * dim, *[dim] * 3)
         layers = self.config.depth * (len(self.mid_blocks) + 2)
         return CacheSizes(
-            layers, self.config.heads, self.config.head_dim, 2, widths, self.config.chunk
+            layers, self.config.heads, self.config.head_dim, 2, widths, self.config.chunk, behind=2
         )
 
     def _evaluate(

@@ -466,7 +466,8 @@ class DiT(Estimator):
             )
         layers, heads, head_dim = self.config.depth, self.config.heads, self.config.head_dim
         widths = (self.config.dim, self.config.dim)
-        return CacheSizes(layers, heads, head_dim, KERNEL - 1, widths, self.config.chunk)
+        chunk = self.config.chunk
+        return CacheSizes(layers, heads, head_dim, KERNEL - 1, widths, chunk, behind=0)
 
     def _blocks(self, h: Tensor, modulation: Modulation, rope: Rope, scope: Scope) -> Tensor:
         """Embedded frames `(T, D)` to the normalised input of the last projection."""

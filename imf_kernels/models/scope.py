@@ -42,7 +42,7 @@ class Whole(NamedTuple):
 class CacheSizes(NamedTuple):
     """What a family keeps: keys and values of `layers`, of each frame; of each row the last `lead`
     inputs of its convolutions, which have `widths` channels, in the order of evaluation. `chunk`
-    is the frames of a block."""
+    is the frames of a block; `behind` how many frames back the conditions of one look."""
 
     layers: int
     heads: int
@@ -50,6 +50,7 @@ class CacheSizes(NamedTuple):
     lead: int
     widths: tuple[int, ...]
     chunk: int
+    behind: int
 
 
 class Cache:

@@ -103,7 +103,7 @@ def save_student(
             "torch": torch.__version__,
         }
     )
-    side, new = _side_file(path), {_fingerprint(said, own): (said, own[MIXER])}
+    side, new = side_file(path), {_fingerprint(said, own): (said, own[MIXER])}
     try:
         before = _read_side(side)
     except (ValueError, FileNotFoundError):
@@ -121,7 +121,7 @@ def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu
         ValueError, FileNotFoundError: naming the file; also a pair that is damaged or does not
             belong together.
     """
-    weights, side = checkpoints.read(path), _side_file(path)
+    weights, side = checkpoints.read(path), side_file(path)
     for digest, (text, mixer) in _read_side(side).items():
         with checkpoints.naming(side):
             said = json.loads(text)
@@ -152,7 +152,8 @@ def _finite(name: str, value: Any) -> float | None:
     return value
 
 
-def _side_file(path: str | os.PathLike[str]) -> str:
+def side_file(path: str | os.PathLike[str]) -> str:
+    """Where what only we know of the student at `path` is."""
     return os.path.splitext(os.fspath(path))[0] + SUFFIX
 
 

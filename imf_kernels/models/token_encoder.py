@@ -172,12 +172,19 @@ class EncoderStream:
         held = [self._tokens, *(kept.values for layer in self._past.values() for kept in layer)]
         self.nbytes = sum(tensor.nbytes for tensor in held)
 
+    @property
+    def fed(self) -> int:
+        """Tokens that it was given."""
+        return self._fed
+
     def feed(self, tokens: Tensor) -> Tensor:
         """Take tokens, integer `(n,)`, and return the frames that are final by them, `(m, C)`.
 
         Raises:
             ValueError, TypeError: wrong tokens, or more than `max_tokens`; none is taken then.
             RuntimeError: closed or finished.
+
+        If anything else is raised while encoding, the stream is closed: what it keeps is not whole.
         """
         self._expect_open()
         checks.shape("tokens", tokens, "n")
@@ -217,9 +224,16 @@ class EncoderStream:
         if self._past is None:
             raise RuntimeError("expected an open stream of tokens, this one is closed")
 
-    @torch.no_grad()
     def _encode(self, end: int) -> Tensor:
         """The frames of the tokens up to `end`, of which whole blocks come before."""
+        try:
+            return self._encoded_up_to(end)
+        except BaseException:
+            self.close()
+            raise
+
+    @torch.no_grad()
+    def _encoded_up_to(self, end: int) -> Tensor:
         encoder, weight = self.encoder, self.encoder.spk_embed_affine_layer.weight
         mu = [weight.new_empty(0, encoder.channels)]
         while self._encoded < end:

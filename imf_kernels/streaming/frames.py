@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf_kernels import checks, grids
+from imf_kernels import checks, grids, guidance
 from imf_kernels.models import Baked, Cache, Conditioning, Modulation
 from imf_kernels.models.estimator import Estimator
 from imf_kernels.models.scope import to_device
@@ -77,9 +77,9 @@ class Streams:
         self.nfe, self.branches = len(self._dt), 1 if guidance is None else 2
         self._lines = self.nfe * self.branches
         """Each step and branch has a cache of its own: `_lines` times all frames and slots."""
-        self._cache = Cache(
-            sizes, self._lines * frames, self._lines * streams, self.model.dtype, self.device
-        )
+        lines = self._lines * frames, self._lines * streams
+        with torch.inference_mode(False):  # what is made inside may only be written inside
+            self._cache = Cache(sizes, *lines, self.model.dtype, self.device)
         self._open: list[Stream] = []
         self._lock = threading.RLock()
         self.frames_evaluated = 0
@@ -118,13 +118,12 @@ class Streams:
         if prompt is None:
             prompt = spks.new_zeros(0, channels)
         checks.shape("prompt", prompt, "P", channels)
-        if isinstance(noise, torch.Generator):
-            noise = torch.randn(
-                max_frames, channels, generator=noise, device=noise.device, dtype=torch.float32
-            ).to(self.device)
-        checks.shape("noise", noise, max_frames, channels)
-        checks.dtype("noise", noise, torch.float32)
-        for name, value in (("spks", spks), ("prompt", prompt), ("noise", noise)):
+        given = {"spks": spks, "prompt": prompt}
+        if not isinstance(noise, torch.Generator):
+            checks.shape("noise", noise, max_frames, channels)
+            checks.dtype("noise", noise, torch.float32)
+            given["noise"] = noise
+        for name, value in given.items():
             checks.floating(name, value)
             checks.same_device(name, value, self.device)
         if prompt.shape[0] > max_frames:
@@ -132,8 +131,12 @@ class Streams:
                 f"prompt: expected no more than max_frames = {max_frames} frames, "
                 f"got {prompt.shape[0]}"
             )
-        with self._lock, torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             first, slot = self._room(max_frames)
+            if isinstance(noise, torch.Generator):  # now that there is room
+                size = max_frames, channels
+                drawn = torch.randn(size, generator=noise, device=noise.device, dtype=torch.float32)
+                noise = drawn.to(self.device)
             stream = Stream(self, first, slot, max_frames, spks, noise, prompt)
             lines = range(self._lines)
             slots = [line * self.streams + slot for line in lines]
@@ -143,7 +146,8 @@ class Streams:
 
     @torch.no_grad()
     def step(self) -> list[Stream]:
-        """One Euler step of every stream that has work, all in one evaluation.
+        """One Euler step of every stream that has work, all in one evaluation (but for those that
+        end in full attention, which take one each).
 
         A stream's complete blocks that wait when it has none under way become its work together.
 
@@ -201,10 +205,11 @@ class Streams:
         v = self.model.extend(x, conditions, modulation, extension)
         of_stream = to_device(sizes, self.device)
         dt = self._dt[steps[: len(work)]].repeat_interleave(of_stream, output_size=len(x))
-        x = guided_euler_step(x[:, None], v[:, None], dt, self.guidance).x[:, 0]
+        self.frames_evaluated += len(v)
+        v = v.float() if self.guidance is None else guidance.combine(v, self.guidance)
+        x = torch.addcmul(x, dt[:, None], v)
         for item, part in zip(work, x.split(sizes), strict=True):
             item.x, item.step = part, item.step + 1
-        self.frames_evaluated += len(v)
 
     def _solve_whole(self, work: _Work, cond: Conditioning) -> None:
         """A step of all of a stream's frames at once, with full attention."""
@@ -235,7 +240,8 @@ class Stream:
 
     Attributes:
         max_frames: Its bound, the prompt's frames included.
-        nbytes: Its declared bytes: its share of the pool, and its noise, conditions and prompt.
+        nbytes: Its declared bytes, of which it never holds more between two steps: its share of the
+            pool, its noise, conditions and prompt, and the frames under way or not taken.
     """
 
     def __init__(
@@ -264,10 +270,15 @@ class Stream:
 
     @property
     def nbytes(self) -> int:
-        inputs = (self._noise, self._mu, self._prompt, self._spks)
-        frame, slot = self._pool._cache.nbytes_of_frame, self._pool._cache.nbytes_of_slot
-        cached = self._pool._lines * (self.max_frames * frame + slot)
-        return cached + sum(tensor.nbytes for tensor in inputs)
+        pool = self._pool
+        cached = pool._lines * (
+            self.max_frames * pool._cache.nbytes_of_frame + pool._cache.nbytes_of_slot
+        )
+        width: Any = pool.model.specs["conditions"].dims[-1]
+        prepared = pool.branches * width * pool.model.dtype.itemsize
+        # float32: noise, features, prompt; states under way; what was not taken
+        frame = 5 * self.channels * 4 + prepared
+        return cached + self.max_frames * frame + self._spks.nbytes
 
     @property
     def channels(self) -> int:
@@ -277,6 +288,11 @@ class Stream:
     @property
     def device(self) -> torch.device:
         return self._pool.device
+
+    @property
+    def prompt_frames(self) -> int:
+        """Frames of the prompt, which are solved and not emitted."""
+        return self._start
 
     @property
     def fed(self) -> int:
@@ -344,9 +360,10 @@ class Stream:
         checks.shape("mu", mu, "n", self.channels)
         checks.floating("mu", mu)
         checks.same_device("mu", mu, self.device)
-        if not self._fed <= len(mu) <= self.max_frames:
+        least = max(self._fed, self._start)
+        if not least <= len(mu) <= self.max_frames:
             raise ValueError(
-                f"mu: expected conditions of {self._fed} to {self.max_frames} frames, got {len(mu)}"
+                f"mu: expected conditions of {least} to {self.max_frames} frames, got {len(mu)}"
             )
         self._mu[: len(mu)] = mu
         self._fed = len(mu)
@@ -398,8 +415,7 @@ class Stream:
         """Take up what waits, if nothing is under way; whether there is work."""
         if self._work is None and self._ready > self._solved:
             first, last = 0 if self._full else self._solved, self._ready
-            # a convolution of the conditions looks back as well
-            begin = max(first - self._pool._cache.sizes.lead, 0)
+            begin = max(first - self._pool._cache.sizes.behind, 0)
             cond = self._pool.model.prepare(
                 self._prompt[None, begin:last],
                 mu=self._mu[None, begin:last],
@@ -419,5 +435,6 @@ class Stream:
         self._solved = work.first + len(work.x)
         if self._solved <= emitted:
             return False
-        self._done.append(work.x[emitted - work.first :])
+        # a copy: a view would hold all that was stepped together
+        self._done.append(work.x[emitted - work.first :].clone())
         return True

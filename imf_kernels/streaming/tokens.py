@@ -56,7 +56,16 @@ class TokenStream:
         """No more tokens will come; see `Stream.finish`.
 
         With `full_attention`, all tokens are encoded once more without a mask as well.
+
+        Raises:
+            RuntimeError: the stream is finished or closed.
+            ValueError: fewer tokens than the prompt has frames of.
         """
+        if FRAMES_PER_TOKEN * self._tokens.fed < self.frames.prompt_frames:
+            raise ValueError(
+                f"tokens: expected those of the prompt's {self.frames.prompt_frames} frames, "
+                f"got {self._tokens.fed}"
+            )
         mu = self._tokens.finish(full_attention=full_attention)
         if full_attention:
             self.frames.finish(full_attention=True, mu=mu)

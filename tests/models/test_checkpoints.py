@@ -329,6 +329,13 @@ def test_a_file_with_a_mixer_gets_the_students(tmp_path):
     same(load_student(path).model, student)
 
 
+def test_a_student_is_not_read_as_a_teacher(tmp_path):
+    path = tmp_path / "flow.pt"
+    save_student(listening(unet()), path)
+    with pytest.raises(ValueError, match=r"path: .* got a student, .*load_student.*flow.pt"):
+        load_cosyvoice2(path)
+
+
 def test_a_pair_that_does_not_belong_together_is_refused(tmp_path):
     teacher = dit()
     student, other = listening(teacher), listening(dit(seed=1))
