@@ -7,6 +7,7 @@ tensor would wait for the device.
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -45,6 +46,12 @@ def same_device(name: str, tensor: Tensor | None, device: torch.device) -> None:
 def positive_int(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+
+
+def number(name: str, value: float, least: float = -math.inf, most: float = math.inf) -> None:
+    if not isinstance(value, Real) or not math.isfinite(value) or not least <= value <= most:
+        bounds = "" if math.isinf(least) else f" in [{least}, {most}]"
+        raise ValueError(f"{name}: expected a finite number{bounds}, got {value!r}")
 
 
 def choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -123,6 +123,7 @@ class Estimator(nn.Module):
         student = type(self)(replace(self.config, mixer=True, mixer_diagonal=diagonal))
         student.to(device=self.last.weight.device, dtype=self.dtype)
         student.load_state_dict(self.state_dict())
+        student.checkpoint_activations = self.checkpoint_activations
         return student
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Conditioning) -> Tensor:

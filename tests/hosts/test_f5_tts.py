@@ -3,15 +3,24 @@
 import copy
 import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from math import nan
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from imf_kernels import IntMeanFlow, Teacher, grids
-from imf_kernels.hosts.f5_tts import F5TTS, from_checkpoint, from_host, from_student
+from imf_kernels.hosts.f5_tts import (
+    F5TTS,
+    from_checkpoint,
+    from_host,
+    from_student,
+    restore,
+)
 from imf_kernels.models import DiT, save_student
 from tests.models.tools import golden, relative_rms, small_model
 
@@ -128,11 +137,37 @@ def test_in_bfloat16_the_steps_add_up_to_one(steps):
     torch.testing.assert_close(states[-1] - states[0], torch.ones_like(out), rtol=0, atol=1e-5)
 
 
-def test_bfloat16_stays_near_float32(variant):
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_half_precision_stays_near_float32(variant, dtype, bound):
     model = host(variant)
     given = {"steps": 16, "cfg_strength": 2.0, "sway_sampling_coef": -1.0, "seed": 1}
     expected, _ = model.sample(**request(), **given)
-    assert relative_rms(model.to(torch.bfloat16).sample(**request(), **given)[0], expected) <= 0.05
+    with torch.inference_mode(), torch.autocast("cpu", dtype):
+        out, _ = model.sample(**request(), **given)
+    assert out.dtype == torch.float32
+    assert 0 < relative_rms(out, expected) <= bound
+    assert 0 < relative_rms(model.to(dtype).sample(**request(), **given)[0], expected) <= bound
+
+
+def test_trains_after_sampling_in_inference_mode():
+    model = host()
+    with torch.inference_mode():
+        model.sample(**request(), steps=1)
+        again = from_host(model, share=False)
+        again.sample(**request(), steps=1)
+    again.load_state_dict(model.state_dict())
+    for one in (model, again):
+        one(**mels())[0].backward()
+        assert all(p.grad is not None for p in one.parameters())
+
+
+def test_threads_answer_as_one():
+    model, rows = host(), [request(30, seed=1), request(41, seed=2)] * 2
+    given = {"steps": 4, "cfg_strength": 2.0, "seed": 0}
+    expected = [copy.deepcopy(model).sample(**row, **given)[0] for row in rows]
+    with ThreadPoolExecutor(2) as pool:
+        answers = pool.map(lambda row: model.sample(**row, **given)[0], rows)
+        assert all(map(torch.equal, answers, expected))
 
 
 def test_every_guided_row_has_its_time(monkeypatch):
@@ -154,11 +189,14 @@ def test_a_seed_leaves_the_random_state_alone():
     assert not torch.equal(torch.get_rng_state(), before[0])
 
 
-@pytest.mark.parametrize("strength", [0.0, 2.0])
-def test_a_batch_equals_its_rows(variant, strength):
+@pytest.mark.parametrize(
+    "options",
+    [{"cfg_strength": 0.0}, {"cfg_strength": 2.0}, {"duplicate_test": True, "t_inter": 0.5}],
+)
+def test_a_batch_equals_its_rows(variant, options):
     model = host(variant)
-    rows = [request(33, 9, 11, 1), request(21, 6, 14, 2), request(47, 13, 5, 3)]
-    given = {"steps": 3, "cfg_strength": strength}
+    rows = [request(33, 9, 11, 1), request(17, 9, 14, 2), request(47, 13, 5, 3)]
+    given = {"steps": 4, **options}
     together, _ = model.sample(**batch(*rows), **given, seed=[5, 6, 7])
     padded = F5TTS(model.transformer, upstream_padding=True)
     theirs, _ = padded.sample(**batch(*rows), **given, seed=[5, 6, 7])
@@ -226,6 +264,10 @@ def test_texts_as_strings_tokens_and_ids():
         ({"duration": 40, "max_duration": 25}, 25),
         ({"duration": 40, "max_duration": 5}, 5),
         ({"duration": torch.tensor([31])}, 31),
+        ({"duration": torch.tensor(30)}, 30),
+        ({"duration": np.int64(30)}, 30),
+        ({"duration": 2, "lens": 7}, 12),
+        ({"lens": torch.tensor([0])}, 30),
     ],
 )
 def test_durations(changed, frames):
@@ -272,6 +314,21 @@ def test_duplicate_test_starts_late_from_the_prompt_behind_itself():
     torch.testing.assert_close(states[0], expected)
 
 
+@pytest.mark.parametrize("epss", [True, False])
+def test_duplicate_test_from_the_start_is_a_plain_sample(epss):
+    given = request() | {"steps": 5, "sway_sampling_coef": -1.0, "seed": 0, "use_epss": epss}
+    model = host()
+    expected, _ = model.sample(**given)
+    out, _ = model.sample(**given, duplicate_test=True, t_inter=0)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), torch.tensor(3), [3], (np.int32(3),)])
+def test_seeds_of_any_integer(seed):
+    model, given = host(), request() | {"steps": 1}
+    assert torch.equal(model.sample(**given, seed=seed)[0], model.sample(**given, seed=3)[0])
+
+
 def test_waves_and_a_vocoder():
     def mels(wave):
         return wave.unflatten(1, (-1, CHANNELS)).mT
@@ -310,14 +367,62 @@ def wrong():
     yield {"duration": torch.tensor([3, 4])}, ValueError, r"duration: expected shape \(1,\)"
     yield {"lens": torch.tensor([3, 4])}, ValueError, r"lens: expected shape \(1,\)"
     yield {"seed": [1, 2]}, ValueError, "seed: expected one, or one for each of 1 rows"
-    yield {"steps": 0}, ValueError, "nfe: expected an integer >= 1"
+    yield {"steps": 0}, ValueError, "steps: expected an integer >= 1"
     yield {"duplicate_test": True, "t_inter": 0.99}, ValueError, "t_inter: expected a time"
+    yield {"duplicate_test": True, "t_inter": nan}, ValueError, "t_inter: .* in .0, 1., got nan"
+    yield {"text": None}, ValueError, "text: expected a list of 1 texts, got None"
+    yield {"text": [None]}, ValueError, "text: expected texts, .* got .None."
+    yield {"cond": None}, TypeError, "cond: expected a tensor, got NoneType"
+    yield {"cond": torch.zeros(0, 9, CHANNELS)}, ValueError, "cond: expected at least one row"
+    yield {"duration": None}, TypeError, "duration: expected an integer, got None"
+    yield {"duration": 30.5}, TypeError, "duration: expected an integer, got 30.5"
+    yield {"duration": torch.tensor([30.5])}, TypeError, "duration: expected torch.int64"
+    yield {"max_duration": 0}, ValueError, "max_duration: expected an integer >= 1, got 0"
+    yield {"lens": [9]}, TypeError, "lens: expected an integer, got .9."
+    for lens in (-1, 10):
+        message = rf"lens: expected values in \[0, 9\], got \[{lens}\]"
+        yield {"lens": torch.tensor([lens])}, ValueError, message
+    yield {"seed": 1.5}, TypeError, "seed: expected an integer, got 1.5"
+    yield {"cfg_strength": nan}, ValueError, "cfg_strength: expected a finite number, got nan"
+    yield {"cfg_strength": "2"}, ValueError, "cfg_strength: expected a finite number, got '2'"
+    yield {"edit_mask": torch.ones(9).bool()}, ValueError, r"edit_mask: expected shape \(1, frames"
+    yield {"edit_mask": torch.ones(1, 9)}, TypeError, "edit_mask: expected torch.bool"
 
 
 @pytest.mark.parametrize(("changed", "error", "message"), list(wrong()))
 def test_wrong_arguments_are_named(changed, error, message):
     with pytest.raises(error, match=message):
         host().sample(**(request() | {"steps": 5} | changed))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance": nan}, "guidance: expected a finite number, got nan"),
+        ({"audio_drop_prob": 1.5}, r"audio_drop_prob: .* in \[0, 1\], got 1.5"),
+        ({"cond_drop_prob": nan}, "cond_drop_prob: "),
+        ({"prompt_drop_prob": None}, "prompt_drop_prob: "),
+        ({"frac_lengths_mask": (0.8, 0.7)}, r"frac_lengths_mask: .* ascending .* \(0.8, 0.7\)"),
+        ({"frac_lengths_mask": (0.7, 1.2)}, "frac_lengths_mask: .* got 1.2"),
+        ({"frac_lengths_mask": 0.7}, "frac_lengths_mask: expected two shares, got 0.7"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        host(**options)
+
+
+def test_a_students_guidance_is_a_number():
+    with pytest.raises(ValueError, match="guidance: expected a finite number, got nan"):
+        host().student(nan)
+
+
+@pytest.mark.parametrize("other", [nn.Linear(1, 1), None, {"transformer": 1}])
+def test_other_objects_are_refused(other):
+    with pytest.raises(ValueError, match=r"cfm: expected F5-TTS's CFM, got .* without"):
+        from_host(other)
+    with pytest.raises(ValueError, match="cfm: expected an object that apply_to has patched"):
+        restore(other)
 
 
 def test_other_models_are_refused():
@@ -391,6 +496,24 @@ def recorded(seen):
     return objective
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lens": torch.tensor([30, 0])}, r"lens: expected values in \[1, 30\], got \[30, 0\]"),
+        ({"inp": torch.zeros(0, 30, CHANNELS)}, "inp: expected at least one row"),
+        ({"text": None}, "text: expected a list of 2 texts"),
+    ],
+)
+def test_wrong_batches_are_named(changed, message):
+    with pytest.raises(ValueError, match=message):
+        host()(**(mels() | changed))
+
+
+def test_an_objective_has_to_call_its_student():
+    with pytest.raises(ValueError, match="objective: expected one that calls the student"):
+        host(objective=lambda student, batch: (batch.x1.sum(), {}))(**mels())
+
+
 @pytest.mark.parametrize("dropped", [0.0, 1.0])
 def test_what_an_objective_trains_on(dropped):
     seen, given = [], mels()
@@ -429,6 +552,21 @@ def test_distillation_trains_estimator_and_mixer_only(variant):
     assert not student.transformer.text_embed.training
     assert student.transformer.transformer_blocks.training
     assert not teacher.training
+
+
+def test_an_update_reads_the_text_once(monkeypatch):
+    student = distilling()
+    towers = student.transformer.text_embed, student.objective.teacher.model.text_embed
+    calls = [counted(tower, "forward", monkeypatch) for tower in towers]
+    student(**mels())
+    assert list(map(len, calls)) == [1, 1]
+
+
+def test_a_student_recomputes_activations_as_its_teacher():
+    model = host()
+    assert not model.student().transformer.checkpoint_activations
+    model.transformer.checkpoint_activations = True
+    assert model.student().transformer.checkpoint_activations
 
 
 def test_a_teacher_is_outside_and_shared():

@@ -1,10 +1,16 @@
 """F5-TTS's host against F5-TTS itself: live objects with random weights, and its `Trainer`."""
 
+import contextlib
 import copy
+import importlib
 import pickle
 import random
+import sys
 from functools import partial
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save as to_safetensors
@@ -72,6 +78,7 @@ OPTIONS = {
     "lens": {"steps": 4, "lens": torch.tensor([8])},
     "no audio": {"steps": 4, "no_ref_audio": True},
     "duplicate": {"steps": 10, "duplicate_test": True, "t_inter": 0.2},
+    "duplicate, from 0": {"steps": 5, "duplicate_test": True, "t_inter": 0},
     "duplicate, sway": {"steps": 6, "duplicate_test": True, "sway_sampling_coef": -1.0},
     "edit": {"steps": 4, "edit_mask": torch.arange(14)[None] % 5 > 1},
     "duration": {"steps": 3, "duration": 1},
@@ -214,9 +221,13 @@ def test_a_patched_object_answers_as_ours_until_it_is_restored(cfm):
     theirs, _ = cfm.sample(**given)
     apply_to(cfm)
     host = apply_to(cfm, nfe=3)
-    assert cfm.sample.__self__ is host
+    with pytest.raises(ValueError, match="cond_drop_prob"):
+        apply_to(cfm, cond_drop_prob=2)
+    assert cfm.sample.__self__ is host, "as before"
+    assert cfm.forward.func.__self__ is host
     assert len(cfm.sample(**given, trajectory=True)[1]) == 4, "the new options"
     apply_to(cfm)
+    assert [*cfm.parameters()] == [*cfm.transformer.parameters()]
     assert keeps_no_states(cfm)
     torch.testing.assert_close(cfm.sample(**given)[0], theirs, rtol=0, atol=1e-4)
     assert set(cfm.state_dict()) == set(before)
@@ -224,7 +235,8 @@ def test_a_patched_object_answers_as_ours_until_it_is_restored(cfm):
     assert to_safetensors(cfm.state_dict()), "no tensors that share memory"
 
     restore(cfm)
-    restore(cfm)
+    with pytest.raises(ValueError, match="cfm: expected an object that apply_to has patched, got"):
+        restore(cfm)
     assert set(cfm.__dict__) == attributes
     assert dict(cfm.named_modules()) == modules
     assert list(cfm.state_dict()) == list(before)
@@ -254,6 +266,42 @@ def test_a_patched_objects_weights_live_on():
     assert cfm.sample(**given)[0].dtype == torch.bfloat16
     expected = live().to(torch.bfloat16)
     assert torch.equal(cfm.sample(**given)[0], expected.sample(**given)[0])
+
+
+@pytest.mark.filterwarnings("ignore:attn_mask_enabled")
+def test_applied_again_it_is_the_original_that_counts():
+    cfm = live(attn_mask_enabled=True)
+    host = apply_to(cfm)
+    with pytest.raises(ValueError, match="upstream_padding"):
+        apply_to(cfm, upstream_padding=True)
+    assert cfm.sample.__self__ is host
+
+
+def test_what_an_object_had_of_its_own_comes_back():
+    cfm = live()
+    forward = cfm.forward = partial(cfm.forward)
+    apply_to(cfm)
+    apply_to(cfm)
+    assert cfm.forward is not forward
+    restore(cfm)
+    assert cfm.forward is forward
+
+
+def test_patched_and_restored_in_inference_mode():
+    cfm = live()
+    given = torch.randn(1, 30, CHANNELS), ["abba"]
+    with torch.inference_mode():
+        apply_to(cfm, cond_drop_prob=0.0)
+        cfm.sample(**request(), steps=1)
+    cfm.load_state_dict(state_of(cfm))
+    cfm(*given)[0].backward()
+    cfm.to(torch.bfloat16).float()
+    cfm.transformer.proj_out.weight.data = cfm.transformer.proj_out.weight.double()
+    with torch.inference_mode():
+        restore(cfm)
+    tensors = [*cfm.parameters(), *cfm.buffers()]
+    assert not any(tensor.is_inference() for tensor in tensors)
+    assert {tensor.dtype for tensor in cfm.transformer.parameters()} == {torch.float64}
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -290,7 +338,57 @@ class Mels(torch.utils.data.Dataset):
         return {"mel_spec": mel, "text": "ab" * (item + 1)}
 
 
-def trainer(model, path):
+@contextlib.contextmanager
+def utilities():
+    """F5-TTS's inference utilities, of whose needs some serve neither solve nor update."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("pydub", "transformers", "vocos"):
+            patched.setitem(sys.modules, name, MagicMock())
+        module = importlib.import_module("f5_tts.infer.utils_infer")
+    try:
+        yield module
+    finally:
+        del sys.modules["f5_tts.infer.utils_infer"]
+
+
+def spoken(mel):
+    """Waves `(B, samples)` of mels `(B, C, N)`."""
+    return mel.float().mean(1).repeat_interleave(256, dim=1)
+
+
+def test_its_inference_utilities():
+    """Which sample several texts at a time in threads."""
+    cfm, texts = live(), ["ab ba", "abba abba"]
+    wave = torch.randn(1, 14 * 256)
+
+    def speak(model, texts):
+        given = {"nfe_step": 4, "cross_fade_duration": 0, "device": "cpu", "progress": None}
+        seeded = SimpleNamespace(sample=partial(model.sample, seed=3))
+        vocoder = SimpleNamespace(decode=spoken)
+        ((speech, rate, mels),) = utils.infer_batch_process(
+            (wave, 24000), "ab", texts, seeded, vocoder, **given
+        )
+        assert rate == 24000
+        return speech, mels
+
+    with utilities() as utils:
+        alone = [speak(cfm, [text]) for text in texts]
+        for model in (from_host(cfm), apply_to(live()), apply_to(cfm) and cfm):
+            for ours, *theirs in zip(speak(model, texts), *alone, strict=True):
+                np.testing.assert_allclose(ours, np.concatenate(theirs, axis=-1), atol=1e-4)
+
+
+@pytest.fixture(params=["no", "bf16"])
+def trainer(request):
+    """Makes trainers of a mixed precision, which accelerate keeps for the whole process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield partial(new_trainer, request.param)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def new_trainer(mixed_precision, model, path, **options):
     return f5.Trainer(
         model,
         epochs=1,
@@ -300,7 +398,8 @@ def trainer(model, path):
         batch_size_per_gpu=2,
         logger=None,
         checkpoint_path=str(path),
-        accelerate_kwargs={"cpu": True},
+        accelerate_kwargs={"cpu": True, "mixed_precision": mixed_precision},
+        **options,
     )
 
 
@@ -315,7 +414,7 @@ def patched_with_an_objective():
 
 
 @pytest.mark.parametrize("make", [student_host, patched_with_an_objective])
-def test_the_trainer_distils(tmp_path, make):
+def test_the_trainer_distils(tmp_path, trainer, make):
     model = make()
     objective = (model if isinstance(model, F5TTS) else model.sample.__self__).objective
     before, teacher = state_of(model), state_of(objective.teacher.model)
@@ -342,7 +441,7 @@ def test_the_trainer_distils(tmp_path, make):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_the_trainer_starts_from_a_saved_student(tmp_path, suffix):
+def test_the_trainer_starts_from_a_saved_student(tmp_path, trainer, suffix):
     cfm, student = live(), from_host(live()).student().transformer
     with torch.no_grad():
         for weight in student.parameters():
@@ -356,3 +455,26 @@ def test_the_trainer_starts_from_a_saved_student(tmp_path, suffix):
     for model in (cfm, training.ema_model.ema_model):
         for name, value in model.transformer.state_dict().items():
             assert torch.equal(value, expected[name]), name
+
+
+def test_the_trainer_logs_samples_of_a_patched_object(tmp_path, trainer, monkeypatch):
+    cfm, waves = live(), {}
+    attributes = set(vars(cfm))
+    apply_to(cfm)
+
+    def save(path, wave, rate):
+        waves[path.split("_")[-1]] = wave
+
+    monkeypatch.setattr(sys.modules[f5.Trainer.__module__].torchaudio, "save", save, raising=False)
+    with utilities() as utils:
+        monkeypatch.setattr(utils, "nfe_step", 2)
+        monkeypatch.setattr(utils, "load_vocoder", lambda **_: SimpleNamespace(decode=spoken))
+        trainer(cfm, tmp_path, log_samples=True).train(Mels(), num_workers=1)
+    assert waves["gen.wav"].shape == waves["ref.wav"].shape, "twice the prompt's duration"
+    assert waves["gen.wav"].isfinite().all()
+
+    restore(cfm)
+    assert set(vars(cfm)) == attributes, "nothing of accelerate's either"
+    again = trainer(cfm, tmp_path / "again")
+    again.train(Mels(), num_workers=1)
+    assert ("_original_forward" in vars(cfm)) == again.accelerator.native_amp, "prepared anew"

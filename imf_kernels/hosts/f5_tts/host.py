@@ -48,6 +48,9 @@ class F5TTS(nn.Module):
         guidance: The w that is distilled into the model.
         upstream_padding: F5's own padded batches, in which rows depend on the longest; for
             comparisons.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the expected and the given value.
     """
 
     grid: Tensor | None
@@ -71,6 +74,15 @@ class F5TTS(nn.Module):
         super().__init__()
         if not isinstance(model, DiT) or model.config.text is None or model.config.baked:
             raise TypeError(f"model: expected a DiT of an F5 variant, got {_described(model)}")
+        for name, share in (
+            ("audio_drop_prob", audio_drop_prob),
+            ("cond_drop_prob", cond_drop_prob),
+            ("prompt_drop_prob", prompt_drop_prob),
+        ):
+            checks.number(name, share, 0, 1)
+        inputs.check_shares("frac_lengths_mask", frac_lengths_mask)
+        if guidance is not None:
+            checks.number("guidance", guidance)
         self.transformer = model
         self.mel_spec = mel_spec
         self.vocab_char_map = vocab_char_map
@@ -183,7 +195,7 @@ class F5TTS(nn.Module):
         text: Tensor | Sequence[str] | Sequence[Sequence[str]],
         duration: int | Tensor,
         *,
-        lens: Tensor | None = None,
+        lens: int | Tensor | None = None,
         steps: int = 32,
         cfg_strength: float = 1.0,
         sway_sampling_coef: float | None = None,
@@ -203,9 +215,9 @@ class F5TTS(nn.Module):
         Args:
             cond: Prompt mels `(B, N, C)`, or waves `(B, samples)`.
             text: Ids `(B, L)` with padding -1, or B texts: strings, or lists of tokens.
-            duration: Frames of each row, prompt included, a number or `(B,)`; at least one more
-                than the prompt's and the text's, at most `max_duration`.
-            lens: Frames of each prompt, `(B,)`; None: all N.
+            duration: Frames of each row, prompt included, an integer for all or `(B,)`; at least
+                one more than the prompt's and the text's, at most `max_duration`.
+            lens: Frames of each prompt, in [0, N], as `duration`; None: all N.
             steps: Evaluations; with `sway_sampling_coef` and `use_epss` the client's grid.
             cfg_strength: Guidance, w - 1; below 1e-5 none.
             seed: Where each row's noise starts, one for all rows or one for each: a row gets the
@@ -213,7 +225,8 @@ class F5TTS(nn.Module):
                 changed. The numbers are those of `torch.manual_seed` on this kind of device.
             vocoder: Turns mels `(B, C, N)` into what is returned.
             no_ref_audio: Without the prompt's audio; its frames are 0 in the result.
-            duplicate_test: Start at `t_inter` from noise and the prompt, behind itself.
+            duplicate_test: Start at `t_inter` from noise and the prompt, behind itself: where the
+                row's own ends.
             edit_mask: Prompt frames to keep, bool `(B, frames)`; others are generated anew.
             trajectory: Return the states at all times, noise first.
             grad: Let gradients flow, to weights and `cond`.
@@ -226,11 +239,13 @@ class F5TTS(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, the expected and the given value.
         """
+        checks.positive_int("max_duration", max_duration)
+        checks.number("cfg_strength", cfg_strength)
         with torch.set_grad_enabled(grad):
             heard = self._mels("cond", cond)
             rows, prompt_frames, channels = heard.shape
             ids = inputs.text_ids(text, self.vocab_char_map, rows, self.device)
-            lens = self._lengths(lens, rows, prompt_frames)
+            lens = self._lengths(lens, rows, 0, prompt_frames)
             least = torch.maximum((ids != inputs.PADDING).sum(-1), lens) + 1
             lengths = torch.maximum(least, self._per_row("duration", duration, rows))
             lengths = lengths.clamp(max=max_duration)
@@ -242,6 +257,8 @@ class F5TTS(nn.Module):
                 mel = torch.zeros_like(mel)
             kept = masks.inside(lens, frames)
             if edit_mask is not None:
+                checks.shape("edit_mask", edit_mask, rows, "frames")
+                checks.dtype("edit_mask", edit_mask, torch.bool)
                 edit_mask = edit_mask.to(self.device)
                 kept = kept & F.pad(edit_mask, (0, frames - edit_mask.shape[-1]))
             kept = kept[:, :, None]
@@ -262,10 +279,13 @@ class F5TTS(nn.Module):
                 if self.grid is not None:
                     raise ValueError("duplicate_test: expected False for a host with its own grid")
                 prepared = self._prepare(prompt, lengths, durations, ids, guided)
-                behind = F.pad(heard, (0, 0, prompt_frames, frames - 2 * prompt_frames))
+                if self.upstream_padding:
+                    behind = F.pad(heard, (0, 0, prompt_frames, frames - 2 * prompt_frames))
+                else:
+                    behind = inputs.repeated(heard, lens, lengths, frames)
                 x = torch.lerp(x, behind, t_inter)
-                late = inputs.late_times(t_inter, steps, sway_sampling_coef).to(self.device)
-                states = self._solve(x, late, prepared, w, trajectory)
+                late = inputs.late_times(t_inter, steps, sway_sampling_coef, use_epss)
+                states = self._solve(x, late.to(self.device), prepared, w, trajectory)
             else:
                 states = sampler.sample(
                     self.transformer,
@@ -312,7 +332,7 @@ class F5TTS(nn.Module):
         inp: Tensor,
         text: Tensor | Sequence[str] | Sequence[Sequence[str]],
         *,
-        lens: Tensor | None = None,
+        lens: int | Tensor | None = None,
         noise_scheduler: str | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The training loss: of the objective, or without one flow matching.
@@ -323,17 +343,20 @@ class F5TTS(nn.Module):
         Args:
             inp: Mels `(B, N, C)`, or waves `(B, samples)`.
             text: As in `sample`.
-            lens: Frames of each row, `(B,)`; None: all N.
+            lens: Frames of each row, in [1, N], an integer for all or `(B,)`; None: all N.
             noise_scheduler: Not used, as upstream.
 
         Returns:
             The scalar loss; the prompt, mels with the span 0; and the last prediction made, both
             `(B, N, C)` (of the batch that was dealt, if the objective keeps rollouts).
+
+        Raises:
+            ValueError, TypeError: naming the argument, the expected and the given value.
         """
         x1 = self._mels("inp", inp)
         rows, frames, _ = x1.shape
         ids = inputs.text_ids(text, self.vocab_char_map, rows, self.device)
-        lens = self._lengths(lens, rows, frames)
+        lens = self._lengths(lens, rows, 1, frames)
         span = inputs.spans(lens, frames, self.frac_lengths_mask)
         prompt = x1.masked_fill(span[:, :, None], 0.0)
         train = self._flow_matching if self.objective is None else self._distillation
@@ -370,37 +393,48 @@ class F5TTS(nn.Module):
             dropped = torch.rand(len(x1), device=x1.device) < self.prompt_drop_prob
             prompt = prompt.masked_fill(dropped[:, None, None], 0.0)
         batch = Batch(x1, lens, {"prompt": prompt, "text": ids}, loss_mask=span)
-        predictions: list[Tensor] = []
-        seen = self.transformer.register_forward_hook(
-            lambda module, args, output: predictions.append(output.detach())
-        )
+        pred: Tensor | None = None
+
+        def keep_last(module: nn.Module, args: Any, output: Tensor) -> None:
+            nonlocal pred
+            pred = output.detach()
+
+        seen = self.transformer.register_forward_hook(keep_last)
         try:
             loss, _ = objective(self.transformer, batch)
         finally:
             seen.remove()
-        return loss, predictions[-1]
+        if pred is None:
+            raise ValueError(f"objective: expected one that calls the student, got {objective!r}")
+        return loss, pred
 
     # -- arguments ------------------------------------------------------------------------------
 
     def _mels(self, name: str, given: Tensor) -> Tensor:
         """Float32 mels `(B, N, C)` on the model's device, of mels or waves."""
-        given = given.to(self.device)
-        if given.ndim == 2:
+        if isinstance(given, Tensor) and given.ndim == 2:
             if self.mel_spec is None:
                 raise ValueError(f"{name}: expected mels (B, N, C) without a mel_spec, got waves")
-            given = self.mel_spec(given).mT
+            given = self.mel_spec(given.to(self.device)).mT
         checks.shape(name, given, "B", "N", self.num_channels)
-        return given.float()
+        if not len(given):
+            raise ValueError(f"{name}: expected at least one row, got {tuple(given.shape)}")
+        return given.to(self.device).float()
 
-    def _lengths(self, lens: Tensor | None, rows: int, frames: int) -> Tensor:
-        return self._per_row("lens", frames if lens is None else lens, rows)
+    def _lengths(self, lens: int | Tensor | None, rows: int, least: int, most: int) -> Tensor:
+        lens = self._per_row("lens", most if lens is None else lens, rows)
+        if checks.readable(lens) and not bool(((lens >= least) & (lens <= most)).all()):
+            raise ValueError(f"lens: expected values in [{least}, {most}], got {lens.tolist()}")
+        return lens
 
     def _per_row(self, name: str, value: int | Tensor, rows: int) -> Tensor:
-        """Int64 `(rows,)` on the model's device."""
-        if not isinstance(value, Tensor):
-            return torch.full((rows,), value, device=self.device)
-        checks.shape(name, value, rows)
-        return value.to(self.device, torch.int64)
+        """Int64 `(rows,)` on the model's device, of one integer for all or one for each."""
+        if isinstance(value, Tensor):
+            checks.dtype(name, value, torch.int64, torch.int32)
+            if value.ndim:
+                checks.shape(name, value, rows)
+            return value.to(self.device, torch.int64).expand(rows)
+        return torch.full((rows,), inputs.integer(name, value), device=self.device)
 
 
 def _replayed(

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from imf_kernels import checks, grids
+from imf_kernels import checks, grids, masks
 
 PADDING = -1
 """The id behind a row's text."""
+
+
+def integer(name: str, value: int) -> int:
+    """A Python integer, of a NumPy one or a 0-d tensor too."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+
+
+def check_shares(name: str, shares: tuple[float, float]) -> None:
+    """Raises unless these are two ascending numbers in [0, 1]."""
+    if not isinstance(shares, Sequence) or len(shares) != 2:
+        raise ValueError(f"{name}: expected two shares, got {shares!r}")
+    for share in shares:
+        checks.number(name, share, 0, 1)
+    if shares[0] > shares[1]:
+        raise ValueError(f"{name}: expected ascending shares, got {shares!r}")
 
 
 def text_ids(
@@ -28,8 +48,10 @@ def text_ids(
     if isinstance(text, Tensor):
         checks.shape("text", text, rows, "L")
         return text.to(device)
-    if isinstance(text, str) or len(text) != rows:
+    if isinstance(text, str) or not isinstance(text, Sequence) or len(text) != rows:
         raise ValueError(f"text: expected a list of {rows} texts, got {text!r}")
+    if not all(isinstance(line, Sequence) for line in text):
+        raise ValueError(f"text: expected texts, as strings or lists of tokens, got {text!r}")
     if vocab is None:
         ids = [list("".join(line).encode()) for line in text]
     else:
@@ -51,37 +73,55 @@ def noise(
 
     Raises:
         ValueError: another number of seeds than rows.
+        TypeError: a seed that is no integer.
     """
-    if seed is None or isinstance(seed, int):
-        seeds: list[int | None] = [seed] * len(durations)
-    elif len(seed) == len(durations):
-        seeds = list(seed)
-    else:
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(durations)
+    if len(seeds) != len(durations):
         raise ValueError(f"seed: expected one, or one for each of {len(durations)} rows: {seed!r}")
     drawn = []
     for duration, own in zip(durations, seeds, strict=True):
-        generator = None if own is None else torch.Generator(device).manual_seed(own)
+        generator = None
+        if own is not None:
+            generator = torch.Generator(device).manual_seed(integer("seed", own))
         drawn.append(torch.randn(duration, channels, generator=generator, device=device))
     return pad_sequence(drawn, batch_first=True)
 
 
 def times(steps: int, sway: float | None, epss: bool) -> Tensor:
     """The client's grid of `steps` evaluations, float32 `(steps + 1,)`."""
+    checks.positive_int("steps", steps)
     return (grids.epss if epss else grids.sway)(steps, 0.0 if sway is None else sway)
 
 
-def late_times(start: float, steps: int, sway: float | None) -> Tensor:
+def late_times(start: float, steps: int, sway: float | None, epss: bool) -> Tensor:
     """The same from a later start, for which there are fewer steps; sway moves the start as well.
 
     Raises:
         ValueError: a start outside `[0, 1)`, or no step left.
     """
+    checks.number("t_inter", start, 0, 1)
+    if start == 0:
+        return times(steps, sway, epss)
     checks.positive_int("steps", steps)
     left = int(steps * (1 - start))
     if not (0 <= start < 1 and left):
         raise ValueError(f"t_inter: expected a time that leaves some of {steps} steps, got {start}")
     t = torch.linspace(start, 1, left + 1)
     return t if sway is None else t + sway * (torch.cos(torch.pi / 2 * t) - 1 + t)
+
+
+def repeated(heard: Tensor, lens: Tensor, lengths: Tensor, frames: int) -> Tensor:
+    """Each row's prompt moved to its own end: `(B, frames, C)`, 0 elsewhere.
+
+    Args:
+        heard: Prompts `(B, N, C)` of `lens` frames.
+        lengths: Frames of each row, at which what is moved ends.
+    """
+    source = torch.arange(frames, device=lens.device) - lens[:, None]
+    moved = (source >= 0) & (source < lens[:, None]) & masks.inside(lengths, frames)
+    nothing = heard.shape[1]
+    source = source.where(moved, nothing)[:, :, None].expand(-1, -1, heard.shape[2])
+    return F.pad(heard, (0, 0, 0, 1)).gather(1, source)
 
 
 def spans(lengths: Tensor, frames: int, shares: tuple[float, float]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from imf_kernels.models.positions import RotaryEmbedding
 
 _PATCH = "_unpatched_by_imf_kernels"
 """A patched object's own transformer, in a tuple that hides it from the module tree."""
+_REPLACED = ("sample", "forward", "_original_forward", "_is_accelerate_prepared")
+"""What patching changes of an object, and accelerate, in whose mixed precision it was trained."""
 _CARRIED = ("mel_spec", "vocab_char_map", "frac_lengths_mask", "audio_drop_prob", "cond_drop_prob")
 
 
+@torch.inference_mode(False)
 def from_host(cfm: Any, *, share: bool = True, **options: Any) -> F5TTS:
     """A host on a live `CFM` with a DiT; variant and sizes are read from it.
 
@@ -27,15 +31,20 @@ def from_host(cfm: Any, *, share: bool = True, **options: Any) -> F5TTS:
         options: Of `F5TTS`; mel extraction, vocabulary and drop probabilities come from `cfm`.
 
     Raises:
-        ValueError: a transformer that is no F5-TTS DiT (UNetT, MMDiT, one with adapters), or one
-            with options that change what is computed, each named.
+        ValueError: an object that is no `CFM`, a transformer that is no F5-TTS DiT (UNetT, MMDiT,
+            one with adapters), or one with options that change what is computed, each named.
     """
+    missing = [name for name in ("transformer", *_CARRIED) if not hasattr(cfm, name)]
+    if missing:
+        raise ValueError(
+            f"cfm: expected F5-TTS's CFM, got {type(cfm).__name__} without {missing[0]!r}"
+        )
     theirs = cfm.transformer
     method = getattr(cfm, "odeint_kwargs", {"method": "euler"}).get("method")
     if method != "euler":
         raise ValueError(f"odeint_kwargs: expected the method 'euler', got {method!r}")
     model = theirs if isinstance(theirs, DiT) else _on_parameters_of(theirs)
-    if options.get("upstream_padding") and _masks_attention(theirs):
+    if options.get("upstream_padding") and _masks_attention(_own(cfm)):
         raise ValueError("upstream_padding: expected False for a host with attn_mask_enabled")
     if not share:
         model = copy.deepcopy(model)
@@ -48,32 +57,43 @@ def apply_to(cfm: Any, **options: Any) -> F5TTS:
 
     It stays the object that it is, with the same parameters under the same names in the same order:
     optimizers, `load_state_dict` and `.to()` go on working on it, copies and pickles of it are
-    patched as well. Applied again it takes the new options.
+    patched as well. Applied again it takes the new options, the others being those of the object
+    itself; with a wrong one it stays as it is. Before accelerate's `prepare`, not after it.
 
     Args:
         options: See `from_host`.
 
     Returns:
         The host that it computes with.
+
+    Raises:
+        ValueError: See `from_host`.
     """
-    restore(cfm)
     host = from_host(cfm, **options)
-    weight = host.transformer.proj_out.weight
-    setattr(cfm, _PATCH, (cfm.transformer, weight.device, weight.dtype))
+    if _PATCH not in vars(cfm):
+        weight = host.transformer.proj_out.weight
+        replaced = {name: vars(cfm)[name] for name in _REPLACED if name in vars(cfm)}
+        setattr(cfm, _PATCH, (cfm.transformer, weight.device, weight.dtype, replaced))
     cfm.transformer = host.transformer
-    cfm.sample, cfm.forward = host.sample, host.forward
+    cfm.sample = host.sample
+    cfm.forward = partial(host.forward)  # of a method accelerate would bind the function to `cfm`
     return host
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def restore(cfm: Any) -> None:
-    """Take `apply_to` back; what happened to the weights meanwhile stays. Others are left alone.
+    """Take `apply_to` back; what happened to the weights meanwhile stays.
 
     Raises:
-        ValueError: the parameters are no longer those of the object's own transformer.
+        ValueError: an object that is not patched, or whose parameters are no longer those of its
+            own transformer.
     """
-    if _PATCH not in cfm.__dict__:
-        return
-    theirs, device, dtype = cfm.__dict__[_PATCH]
+    if _PATCH not in getattr(cfm, "__dict__", {}):
+        raise ValueError(
+            f"cfm: expected an object that apply_to has patched, got {type(cfm).__name__}"
+        )
+    theirs, device, dtype, replaced = vars(cfm)[_PATCH]
     ours = cfm.transformer
     _adopt(theirs, ours)
     weight = ours.proj_out.weight
@@ -82,8 +102,14 @@ def restore(cfm: Any) -> None:
     for parameter in theirs.parameters():
         _give_storage_of_its_own(parameter)
     cfm.transformer = theirs.train(ours.training)
-    for name in (_PATCH, "sample", "forward"):
-        delattr(cfm, name)
+    for name in (_PATCH, *_REPLACED):
+        vars(cfm).pop(name, None)
+    vars(cfm).update(replaced)
+
+
+def _own(cfm: Any) -> Any:
+    """An object's own transformer, whether it is patched or not."""
+    return vars(cfm)[_PATCH][0] if _PATCH in vars(cfm) else cfm.transformer
 
 
 def _on_parameters_of(theirs: nn.Module) -> DiT:
