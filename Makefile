@@ -78,7 +78,7 @@ $(installed): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard 
 
 # f5-tts without its dependencies, of which solves and updates need these; torchaudio may fail to load
 $(client): $(installed)
-	$(py) -m pip install -q --no-deps f5-tts==1.1.22 torchaudio
+	$(py) -m pip install -q -c constraints.txt --no-deps f5-tts torchaudio
 	$(py) -m pip install -q -c constraints.txt torchdiffeq x-transformers librosa ema-pytorch \
 		accelerate wandb datasets rjieba pypinyin
 	@touch $@
