@@ -483,6 +483,15 @@ def test_flow_matching_drops_conditions(kind):
     assert torch.equal(*runs) == (kind == "cond_drop_prob"), "text is dropped with all else only"
 
 
+def test_one_length_for_all_rows():
+    losses = []
+    for lens in (torch.tensor([22, 22]), torch.tensor(22), 22):
+        torch.manual_seed(0)
+        random.seed(0)
+        losses.append(host()(**(mels() | {"lens": lens}))[0].detach())
+    assert losses[0] == losses[1] == losses[2]
+
+
 def recorded(seen):
     """A stand-in for an objective that keeps its batch."""
 

@@ -227,7 +227,6 @@ def test_a_patched_object_answers_as_ours_until_it_is_restored(cfm):
     assert cfm.forward.func.__self__ is host
     assert len(cfm.sample(**given, trajectory=True)[1]) == 4, "the new options"
     apply_to(cfm)
-    assert [*cfm.parameters()] == [*cfm.transformer.parameters()]
     assert keeps_no_states(cfm)
     torch.testing.assert_close(cfm.sample(**given)[0], theirs, rtol=0, atol=1e-4)
     assert set(cfm.state_dict()) == set(before)

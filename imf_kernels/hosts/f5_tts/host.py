@@ -225,8 +225,8 @@ class F5TTS(nn.Module):
                 changed. The numbers are those of `torch.manual_seed` on this kind of device.
             vocoder: Turns mels `(B, C, N)` into what is returned.
             no_ref_audio: Without the prompt's audio; its frames are 0 in the result.
-            duplicate_test: Start at `t_inter` from noise and the prompt, behind itself: where the
-                row's own ends.
+            duplicate_test: Start at `t_inter` from noise and the prompt, behind itself, where the
+                row's own prompt ends.
             edit_mask: Prompt frames to keep, bool `(B, frames)`; others are generated anew.
             trajectory: Return the states at all times, noise first.
             grad: Let gradients flow, to weights and `cond`.
@@ -433,7 +433,7 @@ class F5TTS(nn.Module):
             checks.dtype(name, value, torch.int64, torch.int32)
             if value.ndim:
                 checks.shape(name, value, rows)
-            return value.to(self.device, torch.int64).expand(rows)
+            return value.to(self.device, torch.int64).expand(rows).contiguous()
         return torch.full((rows,), inputs.integer(name, value), device=self.device)
 
 
