@@ -21,7 +21,7 @@ from imf_kernels.hosts.f5_tts import (
     from_student,
     restore,
 )
-from imf_kernels.models import DiT, save_student
+from imf_kernels.models import DiT, DiTConfig, TextConfig, save_student
 from tests.models.tools import golden, relative_rms, small_model
 
 GOLDEN = [("f5_base_b1", "f5_v0"), ("f5_v1_b1", "f5_v1")]
@@ -252,7 +252,20 @@ def test_texts_as_strings_tokens_and_ids():
     for text in (["ab c", "c?"], [["a", "b", " ", "c"], ["c", "unknown"]]):
         assert torch.equal(model.sample(text=text, **given)[0], expected)
     model.vocab_char_map = None
-    assert torch.equal(model.sample(text=["\x01\x02\x00\x03", "\x03\x00"], **given)[0], expected)
+    with pytest.raises(ValueError, match=r"text: expected ids, or .* vocab_char_map .* has 20 ids"):
+        model.sample(text=["ab c", "c?"], **given)
+
+
+def test_texts_of_bytes():
+    text = TextConfig(vocab=256, dim=16, layers=1)
+    config = DiTConfig.for_variant("f5_v1", text=text, dim=32, depth=1, heads=2, channels=CHANNELS)
+    model = F5TTS(DiT(config)).eval()
+    nn.init.normal_(model.transformer.proj_out.weight)
+    given = {"cond": torch.randn(2, 9, CHANNELS), "duration": 20, "steps": 2, "seed": 0}
+    ids = torch.tensor([[97, 195, 169], [98, -1, -1]])
+    assert torch.equal(
+        model.sample(text=["aé", "b"], **given)[0], model.sample(text=ids, **given)[0]
+    )
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ class F5TTS(nn.Module):
     Args:
         model: The DiT, of an F5 variant.
         mel_spec: Waves `(B, samples)` to mels `(B, C, N)`, as F5's `MelSpec`; for waves only.
-        vocab_char_map: Ids of the tokens that texts are made of; None: UTF-8 bytes.
+        vocab_char_map: Ids of the tokens that texts are made of; None: texts are UTF-8 bytes, for
+            a model of 256 ids.
         objective: Makes `forward` a distillation loss: `loss, info = objective(student, Batch)`.
         frac_lengths_mask: Least and greatest share of a row that training infills.
         audio_drop_prob, cond_drop_prob: Of flow-matching training: how often a batch drops its
@@ -216,7 +217,8 @@ class F5TTS(nn.Module):
             cond: Prompt mels `(B, N, C)`, or waves `(B, samples)`.
             text: Ids `(B, L)` with padding -1, or B texts: strings, or lists of tokens.
             duration: Frames of each row, prompt included, an integer for all or `(B,)`; at least
-                one more than the prompt's and the text's, at most `max_duration`.
+                one more than the prompt's and the text's, at most `max_duration`: others are
+                clamped.
             lens: Frames of each prompt, in [0, N], as `duration`; None: all N.
             steps: Evaluations; with `sway_sampling_coef` and `use_epss` the client's grid.
             cfg_strength: Guidance, w - 1; below 1e-5 none.
@@ -244,7 +246,7 @@ class F5TTS(nn.Module):
         with torch.set_grad_enabled(grad):
             heard = self._mels("cond", cond)
             rows, prompt_frames, channels = heard.shape
-            ids = inputs.text_ids(text, self.vocab_char_map, rows, self.device)
+            ids = self._ids(text, rows)
             lens = self._lengths(lens, rows, 0, prompt_frames)
             least = torch.maximum((ids != inputs.PADDING).sum(-1), lens) + 1
             lengths = torch.maximum(least, self._per_row("duration", duration, rows))
@@ -355,7 +357,7 @@ class F5TTS(nn.Module):
         """
         x1 = self._mels("inp", inp)
         rows, frames, _ = x1.shape
-        ids = inputs.text_ids(text, self.vocab_char_map, rows, self.device)
+        ids = self._ids(text, rows)
         lens = self._lengths(lens, rows, 1, frames)
         span = inputs.spans(lens, frames, self.frac_lengths_mask)
         prompt = x1.masked_fill(span[:, :, None], 0.0)
@@ -409,6 +411,11 @@ class F5TTS(nn.Module):
         return loss, pred
 
     # -- arguments ------------------------------------------------------------------------------
+
+    def _ids(self, text: Any, rows: int) -> Tensor:
+        """Int64 `(rows, L)`, of ids or texts."""
+        config: Any = self.transformer.config.text
+        return inputs.text_ids(text, self.vocab_char_map, config.vocab, rows, self.device)
 
     def _mels(self, name: str, given: Tensor) -> Tensor:
         """Float32 mels `(B, N, C)` on the model's device, of mels or waves."""

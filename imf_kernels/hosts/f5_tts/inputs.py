@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from imf_kernels import checks, grids, masks
 
+BYTES = 256
 PADDING = -1
 """The id behind a row's text."""
 
@@ -37,13 +38,16 @@ def check_shares(name: str, shares: tuple[float, float]) -> None:
 def text_ids(
     text: Tensor | Sequence[str] | Sequence[Sequence[str]],
     vocab: Mapping[str, int] | None,
+    known: int,
     rows: int,
     device: torch.device,
 ) -> Tensor:
-    """Ids `(rows, L)`: of a vocabulary's entries (0 for unknown ones), or without one UTF-8 bytes.
+    """Ids `(rows, L)`: of a vocabulary's entries (0 for unknown ones), or without one UTF-8 bytes,
+    for a model that has as many ids as there are bytes.
 
     Raises:
-        ValueError: ids of another shape, or texts for another number of rows.
+        ValueError: ids of another shape, texts for another number of rows, or without a vocabulary
+            for a model that wants one.
     """
     if isinstance(text, Tensor):
         checks.shape("text", text, rows, "L")
@@ -52,6 +56,11 @@ def text_ids(
         raise ValueError(f"text: expected a list of {rows} texts, got {text!r}")
     if not all(isinstance(line, Sequence) for line in text):
         raise ValueError(f"text: expected texts, as strings or lists of tokens, got {text!r}")
+    if vocab is None and known != BYTES:
+        raise ValueError(
+            "text: expected ids, or texts with a vocab_char_map (without one they are bytes, of "
+            f"which there are {BYTES}, and this model has {known} ids), got {text!r}"
+        )
     if vocab is None:
         ids = [list("".join(line).encode()) for line in text]
     else:

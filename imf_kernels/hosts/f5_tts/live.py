@@ -73,6 +73,7 @@ def apply_to(cfm: Any, **options: Any) -> F5TTS:
     if _PATCH not in vars(cfm):
         weight = host.transformer.proj_out.weight
         replaced = {name: vars(cfm)[name] for name in _REPLACED if name in vars(cfm)}
+        vars(cfm.transformer).pop("_cache_local", None)  # of its last thread, and in no copy's way
         setattr(cfm, _PATCH, (cfm.transformer, weight.device, weight.dtype, replaced))
     cfm.transformer = host.transformer
     cfm.sample = host.sample
