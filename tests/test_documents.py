@@ -1,5 +1,6 @@
 """The Python blocks of the README, and of each page of docs, run, in order, as one program."""
 
+import json
 import re
 from pathlib import Path
 
@@ -69,6 +70,19 @@ def test_readme(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
 def test_docs(page, tmp_path, monkeypatch):
     run(page, tmp_path, monkeypatch)
+
+
+def test_table_of_streams_is_the_committed_run():
+    run = json.loads((ROOT / "benchmarks/results/cpu/streaming.json").read_text())
+    for row in run["rows"]:
+        frames, ms = row["frames_evaluated"], row["ms"]
+        seconds = f"{ms['incremental'] / 1e3:.2f} / {ms['prefix'] / 1e3:.2f} s, {row['ratio']:.1f}x"
+        assert seconds in README.read_text()
+        if row["seconds"] == 30:
+            said = (
+                f"{frames['incremental']} / {frames['prefix']} | {row['stream_bytes'] / 1e6:.0f} |"
+            )
+            assert said in README.read_text()
 
 
 def test_table_of_padding_is_what_the_script_says():
