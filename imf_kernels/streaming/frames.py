@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -274,11 +275,14 @@ class Stream:
         cached = pool._lines * (
             self.max_frames * pool._cache.nbytes_of_frame + pool._cache.nbytes_of_slot
         )
-        width: Any = pool.model.specs["conditions"].dims[-1]
-        prepared = pool.branches * width * pool.model.dtype.itemsize
+        prepared = sum(
+            math.prod(spec.shape(pool.branches, self.max_frames))
+            * (spec.dtype or pool.model.dtype).itemsize
+            for spec in pool.model.specs.values()
+        )
         # float32: noise, features, prompt; states under way; what was not taken
-        frame = 5 * self.channels * 4 + prepared
-        return cached + self.max_frames * frame + self._spks.nbytes
+        own = 5 * self._noise.shape[1] * self.max_frames * 4 + self._spks.nbytes
+        return cached + prepared + own
 
     @property
     def channels(self) -> int:
