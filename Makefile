@@ -76,9 +76,9 @@ $(installed): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard 
 	@grep -E 'error:|CMake Error|imf_kernels: (C\+\+|PURE)' $(log)
 	@touch $@
 
-# f5-tts without its dependencies, of which solves and updates need these; torchaudio may fail to load
+# f5-tts without its dependencies, of which solves and updates need these; torchaudio is not one
 $(client): $(installed)
-	$(py) -m pip install -q -c constraints.txt --no-deps f5-tts torchaudio
+	$(py) -m pip install -q -c constraints.txt --no-deps f5-tts
 	$(py) -m pip install -q -c constraints.txt torchdiffeq x-transformers librosa ema-pytorch \
 		accelerate wandb datasets rjieba pypinyin
 	@touch $@
