@@ -11,10 +11,11 @@ import torch
 pytest.importorskip("espeakng_loader", reason="needs the [demo] extra")
 pytest.importorskip("librosa", reason="needs the [demo] extra")
 
+import imf_kernels.metrics
 from examples.quickstart import __main__ as quickstart
 from examples.quickstart import corpus as corpus_module
 from examples.quickstart import experiment, metrics
-from examples.quickstart.audio import MELS, griffin_lim, log_mel, write_wav
+from examples.quickstart.audio import MELS, griffin_lim, log_mel, natural_log_mel, write_wav
 from examples.quickstart.corpus import build_corpus
 from examples.quickstart.data import MAX_PROMPT, random_prompts, training_batches
 from examples.quickstart.model import TEACHER, load_teacher, save_teacher
@@ -96,22 +97,12 @@ def test_resynthesis_is_near_the_truth(corpus, tmp_path):
     assert abs(read).max() <= 1
 
 
-def test_metrics_know_truth_blur_and_noise(corpus):
+def test_distortion_is_in_decibels(corpus):
     truth = [u.mel for u in corpus.test]
     blurred = [torch.nn.functional.avg_pool1d(m[:, None], 5, 1, 2)[:, 0] for m in truth]
-    noise = [torch.randn_like(m) for m in truth]
+    natural = ([natural_log_mel(m) for m in side] for side in (blurred, truth))
+    assert metrics.mcd(blurred, truth) == pytest.approx(imf_kernels.metrics.mcd(*natural))
     assert metrics.mcd(truth, truth) == 0
-    assert metrics.frechet(truth, truth) == pytest.approx(0, abs=1e-6)
-    assert metrics.sharpness(truth, truth) == pytest.approx(1)
-    assert metrics.to_teacher(truth, truth) == 0
-    assert metrics.c2st(truth, truth) == pytest.approx(0.5, abs=0.02)
-    assert metrics.sharpness(blurred, truth) < 0.5
-    assert metrics.c2st(blurred, truth) > 0.8
-    assert 1 < metrics.frechet(blurred, truth) < metrics.frechet(noise, truth)
-    assert metrics.mcd(blurred, truth) < metrics.mcd(noise, truth)
-    offset = [m + 0.5 for m in truth]
-    assert metrics.to_teacher(offset, truth) == pytest.approx(0.5)
-    assert metrics.c2st(noise, truth, seed=3) == metrics.c2st(noise, truth, seed=3)
 
 
 def test_batches_carry_prompts_and_masks(corpus):
