@@ -12,7 +12,7 @@ from imf_kernels import checks
 RATE = 16000
 """Hz, of every network here."""
 SHORTEST = RATE // 20
-"""Samples that the networks need."""
+"""Samples that most networks need."""
 
 
 def read_audio(path: str | os.PathLike[str], rate: int = RATE) -> Tensor:
@@ -40,12 +40,12 @@ def read_audio(path: str | os.PathLike[str], rate: int = RATE) -> Tensor:
     return torch.from_numpy(mono if own == rate else soxr.resample(mono, own, rate))
 
 
-def check(name: str, audio: Tensor) -> None:
-    """A clip as `read_audio` gives it, long enough for the networks."""
+def check(name: str, audio: Tensor, shortest: int = SHORTEST) -> None:
+    """A clip as `read_audio` gives it, long enough for a network."""
     checks.shape(name, audio, "samples")
     checks.dtype(name, audio, torch.float32)
-    if len(audio) < SHORTEST:
-        raise ValueError(f"{name}: expected at least {SHORTEST} samples, got {len(audio)}")
+    if len(audio) < shortest:
+        raise ValueError(f"{name}: expected at least {shortest} samples, got {len(audio)}")
 
 
 def log_mel(audio: Tensor, rate: int) -> Tensor:
@@ -57,12 +57,14 @@ def log_mel(audio: Tensor, rate: int) -> Tensor:
         audio: `(samples,)` float32.
         rate: Its samples per second.
     """
-    from librosa.feature import melspectrogram
+    from librosa.filters import mel
 
     checks.shape("audio", audio, "samples")
     checks.positive_int("rate", rate)
-    magnitude = melspectrogram(
-        y=audio.numpy(), sr=rate, n_fft=1 << (rate // 20).bit_length(), win_length=rate // 20,
-        hop_length=rate // 100, n_mels=80, power=1.0,
+    window, n_fft = rate // 20, 1 << (rate // 20).bit_length()
+    spectrum = torch.stft(
+        audio.cpu().float(), n_fft, rate // 100, window, torch.hann_window(window),
+        pad_mode="constant", return_complex=True,
     )  # fmt: skip
-    return torch.from_numpy(magnitude.T).clamp(min=1e-5).log()
+    banks = torch.from_numpy(mel(sr=rate, n_fft=n_fft, n_mels=80))
+    return (banks @ spectrum.abs()).T.clamp(min=1e-5).log()

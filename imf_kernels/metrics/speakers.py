@@ -17,16 +17,23 @@ class Similarity:
     Args:
         embed: A clip `(1, samples)` to an embedding `(1, D)`.
         device: Where clips are moved to.
+        shortest: Samples that a clip must have.
     """
 
-    def __init__(self, embed: Callable[[Tensor], Tensor], device: torch.device | str) -> None:
+    def __init__(
+        self,
+        embed: Callable[[Tensor], Tensor],
+        device: torch.device | str,
+        shortest: int = audio.SHORTEST,
+    ) -> None:
         self._embed = embed
         self.device = torch.device(device)
+        self.shortest = shortest
 
     @torch.inference_mode()
     def embed(self, clip: Tensor) -> Tensor:
         """The voice of a clip `(samples,)`, float32 at 16 kHz: `(D,)`."""
-        audio.check("clip", clip)
+        audio.check("clip", clip, self.shortest)
         return self._embed(clip[None].to(self.device))[0]
 
     def __call__(self, generated: Tensor, prompt: Tensor) -> float:

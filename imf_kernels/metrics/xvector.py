@@ -37,4 +37,4 @@ def sim_xvector(
         features = extract(clip[0].cpu().numpy(), sampling_rate=RATE, return_tensors="pt")
         return model(features["input_values"].to(device)).embeddings
 
-    return Similarity(embed, device)
+    return Similarity(embed, device, shortest=RATE // 3)  # its convolutions see 15 frames
