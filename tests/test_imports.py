@@ -25,8 +25,10 @@ FLOORS = {
     "solver": 3,
     "teacher": 3,
     "sampler": 3,
+    "metrics": 3,
     "objectives": 3,
     "distill": 4,
+    "evaluate": 4,
     "fp8": 4,
     "graphs": 4,
     "hosts": 5,
@@ -35,7 +37,20 @@ FLOORS = {
 }
 ALWAYS_ALLOWED = {"torch", "imf_kernels", *sys.stdlib_module_names}
 ALLOWED = {"ops": {"triton"}}
-LAZY = {"huggingface_hub", "matplotlib", "rich", "safetensors"}
+LAZY = {
+    "faster_whisper",
+    "huggingface_hub",
+    "jiwer",
+    "librosa",
+    "matplotlib",
+    "rich",
+    "safetensors",
+    "soundfile",
+    "soxr",
+    "transformers",
+    "zhconv",
+    "zhon",
+}
 """May be imported inside a function only."""
 
 

@@ -25,7 +25,9 @@ def c2st(generated: Sequence[Tensor], truth: Sequence[Tensor], seed: int = 0) ->
     """
     mels.check(generated, truth)
     if len(generated) < 2:
-        raise ValueError(f"generated: expected at least 2 mels, for two folds, got {len(generated)}")
+        raise ValueError(
+            f"generated: expected at least 2 mels, for two folds, got {len(generated)}"
+        )
     fakes, trues = mels.patches(generated), mels.patches(truth)
     order = torch.randperm(len(fakes), generator=torch.Generator().manual_seed(seed)).tolist()
     folds = [

@@ -56,9 +56,7 @@ NAMES = {
 """s3prl's names of WavLM's weights to `transformers`'; those not here are the same."""
 
 
-def sim_o(
-    weights: str | os.PathLike[str], device: torch.device | str = "cpu"
-) -> Similarity:
+def sim_o(weights: str | os.PathLike[str], device: torch.device | str = "cpu") -> Similarity:
     """Speaker similarity as the field computes it, float32.
 
     Clips are resampled by `read_audio` (soxr, where F5-TTS has torchaudio's windowed sinc).
@@ -93,9 +91,7 @@ class Embedder(nn.Module):
             ValueError: missing, unexpected or misshapen weights.
         """
         used = {k: v for k, v in state_dict.items() if not any(name in k for name in UNUSED)}
-        upstream = {
-            k.removeprefix(UPSTREAM): v for k, v in used.items() if k.startswith(UPSTREAM)
-        }
+        upstream = {k.removeprefix(UPSTREAM): v for k, v in used.items() if k.startswith(UPSTREAM)}
         head = {k: v for k, v in used.items() if not k.startswith(UPSTREAM)}
         config = _config({name: tuple(value.shape) for name, value in upstream.items()})
         wavlm = _wavlm(config, {_renamed(name): value for name, value in upstream.items()})

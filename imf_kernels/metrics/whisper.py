@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,8 @@ def _transformers(folder: str, language: str, device: torch.device) -> Callable[
 
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     processor = WhisperProcessor.from_pretrained(folder)
-    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+    model: Any = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    model.to(device).eval()
 
     @torch.inference_mode()
     def transcribe(clip: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ def sim_xvector(
     from transformers import AutoFeatureExtractor, WavLMForXVector
 
     extract = AutoFeatureExtractor.from_pretrained(folder)
-    model = WavLMForXVector.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model: Any = WavLMForXVector.from_pretrained(folder, dtype=torch.float32)
+    model.to(device).eval()
 
     def embed(clip: Tensor) -> Tensor:
         features = extract(clip[0].cpu().numpy(), sampling_rate=RATE, return_tensors="pt")
