@@ -7,13 +7,16 @@ import math
 import pytest
 import torch
 
-for library in ("librosa", "soundfile", "soxr", "transformers"):
-    pytest.importorskip(library, reason="needs the [eval] extra")
+pytest.importorskip("librosa", reason="needs the [eval] extra")
+pytest.importorskip("soundfile", reason="needs the [eval] extra")
+pytest.importorskip("soxr", reason="needs the [eval] extra")
+pytest.importorskip("transformers", reason="needs the [eval] extra")
 
 import soundfile
 
 from imf_kernels.evaluate import SCORERS, evaluate, read_list
 from imf_kernels.evaluate.__main__ import main
+from imf_kernels.evaluate.hashes import contents, sha256
 from imf_kernels.evaluate.lists import Entry
 from imf_kernels.metrics import log_mel, mcd_dtw, read_audio
 from tests.metrics import tiny_whisper
@@ -228,11 +231,23 @@ def test_weights_are_told_apart(test_set, monkeypatch):
     assert sim_o() != first
 
 
+def test_hashes_see_weights_and_nothing_beside_them(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    first = sha256(*contents(str(tmp_path)))
+    for name in ("__pycache__", ".git"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    assert sha256(*contents(str(tmp_path))) == first
+    (tmp_path / "config.json").rename(tmp_path / "other.json")
+    assert sha256(*contents(str(tmp_path))) != first
+    assert contents("hf://owner/repo") == ["hf://owner/repo"]
+
+
 def test_what_was_scored_before_an_error_is_kept(test_set, counted):
     out = test_set / "scores.json"
     text = (test_set / "meta.lst").read_text()
     (test_set / "meta.lst").write_text(text.replace("Text c.", "fail"))
-    with pytest.raises(ValueError, match="cannot score this"):
+    with pytest.raises(ValueError, match=r"metric 'mcd' of .*c\.wav: cannot score this"):
         evaluate(test_set / "generated", entries(test_set), ["mcd"], out=out)
     assert json.loads(out.read_text())["metrics"]["mcd"]["count"] == 2
     (test_set / "meta.lst").write_text(text)
@@ -281,7 +296,7 @@ def test_errors_at_the_door(test_set, monkeypatch):
         run("mcd", listed=entries(test_set)[:1], out=test_set / "other.json")
     nan = dataclasses.replace(SCORERS["mcd"], load=lambda *_: lambda _: {"value": math.nan})
     monkeypatch.setitem(SCORERS, "mcd", nan)
-    with pytest.raises(ValueError, match=r"'mcd': expected a finite score of .*b\.wav, got nan"):
+    with pytest.raises(ValueError, match=r"'mcd' of .*b\.wav: expected a finite score, got nan"):
         run("mcd", listed=entries(test_set)[:1])
 
 

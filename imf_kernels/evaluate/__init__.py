@@ -1,7 +1,7 @@
 """A folder of generated speech scored against a list; `python -m imf_kernels.evaluate --help`.
 
 `lists.py` reads what the field lists its test sets in, `scorers.py` says what each metric asks for,
-`scores.py` scores, and scores nothing twice.
+`workers.py` scores utterances, and `scores.py` keeps the report: nothing is scored twice.
 """
 
 from imf_kernels.evaluate.lists import Entry, read_list

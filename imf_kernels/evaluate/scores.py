@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import itertools
 import json
 import math
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from imf_kernels import checks
+from imf_kernels.evaluate.hashes import contents, sha256
 from imf_kernels.evaluate.lists import Entry
-from imf_kernels.evaluate.scorers import SCORERS, Sample, Score
+from imf_kernels.evaluate.scorers import SCORERS, Sample
+from imf_kernels.evaluate.workers import Task, run
 from imf_kernels.files import replacing
 from imf_kernels.metrics.wer import LANGUAGES
-from imf_kernels.models.checkpoints import HUB
 
 SUFFIXES = (".wav", ".flac")
 SAVE_EVERY = 10.0
@@ -94,21 +88,24 @@ def evaluate(
     _check_needs(samples, names)
     located = {name: SCORERS[name].locate(name, weights) for name in names}
     rows = _known(None if out is None else Path(out), samples)
-    basis = {name: _sha256(name, language, *_contents(path)) for name, path in located.items()}
-    tasks = []
+    basis = {name: sha256(name, language, *contents(path)) for name, path in located.items()}
+    tasks: list[Task] = []
+    bases: list[dict[str, str]] = []
     for sample in samples:
         scores = rows[sample.entry.name]["scores"]
-        wanted = {name: _basis(basis[name], sample, name) for name in names}
+        wanted = {name: _basis(basis[name], name, sample.entry) for name in names}
         todo = [name for name in names if scores.get(name, {}).get("of") != wanted[name]]
         if todo:
-            tasks.append((sample, todo, wanted))
+            tasks.append((sample, todo))
+            bases.append(wanted)
 
     saved = time.monotonic()
-    results = _run(tasks, workers, device.split(","), located, language)
+    results = run(tasks, workers, device.split(","), located, language)
     try:
         if progress is not None:
             progress(len(samples) - len(tasks), len(samples))
-        for done, ((sample, _, wanted), scored) in enumerate(zip(tasks, results, strict=True), 1):
+        together = zip(tasks, bases, results, strict=True)
+        for done, ((sample, _), wanted, scored) in enumerate(together, 1):
             scores = rows[sample.entry.name]["scores"]
             scores.update({name: {**score, "of": wanted[name]} for name, score in scored.items()})
             if progress is not None:
@@ -153,102 +150,22 @@ def _known(out: Path | None, samples: Sequence[Sample]) -> Rows:
     old: Rows = {}
     if out is not None and out.exists():
         try:
-            old = {row["name"]: row for row in json.loads(out.read_text())["utterances"]}
+            report = json.loads(out.read_text(encoding="utf-8"))
+            old = {row["name"]: row for row in report["utterances"]}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"out: expected a report or no file, got {out}: {error}") from error
     rows: Rows = {}
     for sample in samples:
-        name, sha256 = sample.entry.name, _sha256(sample.file)
-        same = old.get(name, {}).get("sha256") == sha256
-        rows[name] = {"name": name, "sha256": sha256, "scores": old[name]["scores"] if same else {}}
+        name, digest = sample.entry.name, sha256(sample.file)
+        same = old.get(name, {}).get("sha256") == digest
+        rows[name] = {"name": name, "sha256": digest, "scores": old[name]["scores"] if same else {}}
     return rows
 
 
-def _basis(metric: str, sample: Sample, name: str) -> str:
-    """The hash of all that a score depends on but the generated file."""
-    return _sha256(metric, *(getattr(sample.entry, need) for need in SCORERS[name].needs))[:16]
-
-
-def _contents(weights: str) -> list[str | Path]:
-    """What a metric's weights are told apart by: their files, or their name on the hub."""
-    path = Path(weights)
-    if not weights or weights.startswith(HUB):
-        return [weights]
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return list(itertools.chain.from_iterable((str(f.relative_to(path)), f) for f in files))
-
-
-def _sha256(*parts: str | Path) -> str:
-    """Of strings and of files' contents; a single file's is the usual one."""
-    if len(parts) == 1 and isinstance(parts[0], Path):
-        with parts[0].open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    whole = [_sha256(part) if isinstance(part, Path) else part for part in parts]
-    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
-
-
-Task = tuple[Sample, list[str], Mapping[str, str]]
-
-
-def _run(
-    tasks: Sequence[Task],
-    workers: int,
-    devices: Sequence[str],
-    located: Mapping[str, str],
-    language: str,
-) -> Iterator[dict[str, dict[str, Any]]]:
-    """Each task's scores, in order."""
-    if workers == 1 or len(tasks) < 2:
-        worker = _Worker(devices[0], located, language)
-        yield from (worker(sample, todo) for sample, todo, _ in tasks)
-        return
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    for worker_index in range(workers):
-        queue.put(devices[worker_index % len(devices)])
-    threads = max(torch.get_num_threads() // workers, 1)
-    arguments = (queue, dict(located), language, threads)
-    with ProcessPoolExecutor(workers, context, _start, arguments) as pool:
-        try:
-            yield from pool.map(_score, *zip(*((s, todo) for s, todo, _ in tasks), strict=True))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-class _Worker:
-    """Loads a metric when it is first asked for, so that its error is an utterance's."""
-
-    def __init__(self, device: str, located: Mapping[str, str], language: str) -> None:
-        def load(name: str) -> Score:
-            return SCORERS[name].load(located[name], language, device)
-
-        self.load = functools.cache(load)
-
-    def __call__(self, sample: Sample, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        scores = {}
-        for name in names:
-            scores[name] = self.load(name)(sample)
-            if not math.isfinite(scores[name]["value"]):
-                raise ValueError(
-                    f"metric {name!r}: expected a finite score of {sample.file}, "
-                    f"got {scores[name]['value']}"
-                )
-        return scores
-
-
-_worker: _Worker | None = None
-"""In a process of the pool: its networks."""
-
-
-def _start(devices: Any, located: Mapping[str, str], language: str, threads: int) -> None:
-    global _worker
-    torch.set_num_threads(threads)
-    _worker = _Worker(devices.get(), located, language)
-
-
-def _score(sample: Sample, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    assert _worker is not None
-    return _worker(sample, names)
+def _basis(metric: str, name: str, entry: Entry) -> str:
+    """The hash of all that a score depends on but the generated file: the metric's, and what it
+    reads of the entry."""
+    return sha256(metric, *(getattr(entry, need) for need in SCORERS[name].needs))[:16]
 
 
 def _report(rows: Rows, missing: Sequence[str]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def save(folder: Path, sentence: str) -> Path:
     config = WhisperConfig(
         vocab_size=size, d_model=64, num_mel_bins=80, encoder_layers=1, decoder_layers=1,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
-        decoder_ffn_dim=32, max_target_positions=64, decoder_start_token_id=ids["<|startoftranscript|>"],
+        decoder_ffn_dim=32, max_target_positions=64,
+        decoder_start_token_id=ids["<|startoftranscript|>"],
         eos_token_id=ids["<|endoftext|>"], pad_token_id=ids["<|endoftext|>"],
         bos_token_id=ids["<|endoftext|>"], suppress_tokens=None, begin_suppress_tokens=None,
     )  # fmt: skip
