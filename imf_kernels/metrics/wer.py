@@ -27,7 +27,8 @@ class WER:
 
     Punctuation goes (Latin and Chinese, apostrophes and hyphens too), English is lower case, and a
     Chinese character is a word; traditional ones that the recogniser writes become simplified. A
-    test set's figure is the mean over its utterances.
+    test set's figure is the mean over its utterances. In Chinese F5-TTS and Seed-TTS-eval listen
+    with Paraformer; any recogniser can be given.
 
     Args:
         transcribe: A clip `(samples,)`, float32 at 16 kHz, to its text (`whisper` makes one).
@@ -39,6 +40,7 @@ class WER:
         self, transcribe: Callable[[Tensor], str], language: str = "en", keep: str = ""
     ) -> None:
         checks.choice("language", language, LANGUAGES)
+        errors("1", "1", language, keep)  # a missing library is an error before any clip is heard
         self.transcribe, self.language, self.keep = transcribe, language, keep
 
     def __call__(self, clip: Tensor, text: str) -> Heard:
