@@ -5,6 +5,8 @@ Nothing is allocated before every key, shape and dtype is what the sizes ask for
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -129,6 +131,17 @@ def load(
             wrong = int((~weight.isfinite()).sum())
             raise ValueError(f"{name}: expected finite weights, got {wrong} that are not")
     return model
+
+
+def fingerprint(said: str, own: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what is said of a model and of its weights' names, dtypes, shapes and bytes,
+    wherever they are."""
+    digest = hashlib.sha256(f"{said}\n".encode())
+    for name in sorted(own):
+        value = own[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update((ctypes.c_char * value.nbytes).from_address(value.data_ptr()))
+    return digest.hexdigest()
 
 
 def few(names: Iterable[str]) -> str:

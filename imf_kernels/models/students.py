@@ -9,8 +9,6 @@ another, the second file tells of both, so that a crash at any point leaves one 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import hashlib
 import json
 import math
 import os
@@ -103,7 +101,7 @@ def save_student(
             "torch": torch.__version__,
         }
     )
-    side, new = side_file(path), {_fingerprint(said, own): (said, own[MIXER])}
+    side, new = side_file(path), {state_dicts.fingerprint(said, own): (said, own[MIXER])}
     try:
         before = _read_side(side)
     except (ValueError, FileNotFoundError):
@@ -130,7 +128,7 @@ def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu
             model_type, config_of = KINDS[said["kind"]]
         with contextlib.suppress(ValueError):  # weights of another kind
             own = state_dicts.without_prefix(weights, model_type.root) | {MIXER: mixer}
-            if _fingerprint(text, own) == digest:
+            if state_dicts.fingerprint(text, own) == digest:
                 break
     else:
         raise ValueError(
@@ -210,13 +208,3 @@ def _in_place(
     replaced = {ahead + name: own[name] for name in theirs}
     kept = {name: value.clone() for name, value in weights.items() if name not in replaced}
     return {name: replaced[name] if name in replaced else kept[name] for name in weights}
-
-
-def _fingerprint(said: str, own: Mapping[str, Tensor]) -> str:
-    """SHA-256 of what is said of a student and of its weights' names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256(f"{said}\n".encode())
-    for name in sorted(own):
-        value = own[name].contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update((ctypes.c_char * value.nbytes).from_address(value.data_ptr()))
-    return digest.hexdigest()
