@@ -295,6 +295,7 @@ TABLE = [
     (lambda: search(tolerance=NAN), "tolerance", "a number > 0", "nan"),
     (lambda: search(min_gap=0.0), "min_gap", "a number in (0, 1 / nfe)", "0.0"),
     (lambda: search(min_gap=0.5), "min_gap", "a number in (0, 1 / nfe)", "0.5"),
+    (lambda: search(method="bisect"), "method", "one of ternary, golden", "'bisect'"),
     (lambda: search(budget=0), "budget", "an integer >= 1", "0"),
     (lambda: search(max_sweeps=0), "max_sweeps", "an integer >= 1", "0"),
     (lambda: search(start=[0.0, 1.0]), "start", "4 times for nfe = 3", "2"),

@@ -75,7 +75,7 @@ def on_batches(
         group: See `sharded`; as are the errors.
     """
     if costs is None:
-        costs = [_frames(batches[k].noise) for k in range(len(batches))]
+        costs = [batches[k].noise[..., 0].numel() for k in range(len(batches))]
     solve = _solver(model, guidance)
 
     def values_of(grid: Tensor, batch: DevBatch) -> list[Any]:
@@ -95,10 +95,6 @@ def on_batches(
         reduce=lambda batches: reduce([value for values in batches for value in values]),
         group=group,
     )
-
-
-def _frames(noise: Tensor) -> int:
-    return noise.shape[0] * noise.shape[1]
 
 
 def _solver(

@@ -48,7 +48,8 @@ def search(
         higher_is_better: The metric's direction.
         start: First grid, a name or times.
         method: How a position's bracket is narrowed: "ternary" search, as published, or "golden"
-            section, for which about half as many evaluations do.
+            sections, which take about half as many evaluations, but more easily miss the best of a
+            metric that has steps, such as the error rate of a few words.
         tolerance: A position's search ends when its bracket is this narrow.
         min_gap: Least distance of neighbouring times.
         min_gain: A position's search was in vain unless it gained more than this. Where positions

@@ -82,13 +82,13 @@ class Sharded:
         self.items = [items[index] for index in self.share]
 
     def __call__(self, grid: Tensor) -> float:
-        values: dict[int, Any] = {}
-        for share in self.ranks.each(lambda: self.of_share(grid)):
-            values |= share
-        if sorted(values) != list(range(self.count)):
+        shares = self.ranks.each(lambda: (self.count, self.of_share(grid)))
+        counts = [count for count, _ in shares]
+        values = {index: value for _, share in shares for index, value in share.items()}
+        if len({*counts, len(values)}) > 1:
             raise ValueError(
-                f"items: expected the same list and costs on every rank, got {self.count} here "
-                f"and values of {sorted(values)}"
+                f"items: expected the same list and costs on every rank, got {counts} items "
+                f"and {len(values)} values"
             )
         return float(self.reduce([values[index] for index in range(self.count)]))
 
