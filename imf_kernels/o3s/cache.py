@@ -27,13 +27,7 @@ class DiskCache:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Make the folder, if need be.
-
-        Raises:
-            OSError: it cannot be made.
-        """
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     def wrap(
         self,
@@ -46,7 +40,7 @@ class DiskCache:
         """The metric, which is asked only for what the folder does not hold.
 
         Ranks that evaluate a metric together (`sharded`) wrap it together. Rank 0 reads and writes
-        and tells the others; their folders are not used.
+        and tells the others; their folders are not used. The folder is made, if need be.
 
         Args:
             model: Whose weights the values are of. They are hashed here, so wrap anew after
@@ -59,6 +53,7 @@ class DiskCache:
             TypeError: a model without weights, or settings that JSON does not hold.
             ValueError: a baked model, which no other grid can be asked of; or ranks that do not
                 agree about the weights, the name or the settings.
+            OSError: the folder cannot be made; by the metric, an evaluation cannot be written.
             RuntimeError: by the metric: PyTorch has counted a change of the weights (fused
                 optimizers and writes to `p.data` are not counted).
         """
@@ -101,6 +96,7 @@ class _Cached:
         self.cache, self.metric, self.ranks = cache, metric, ranks_of(metric)
         self.model = model.model if isinstance(model, GraphSampler) else model
         self.version = _version(self.model)
+        self.ranks.first(lambda: cache.folder.mkdir(parents=True, exist_ok=True))
         keys = self.ranks.each(lambda: _key(self.model, name, settings))
         self.key = keys[0]
         if any(_text(key) != _text(self.key) for key in keys):

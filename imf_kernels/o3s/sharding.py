@@ -55,7 +55,8 @@ def sharded(
     Raises:
         ValueError: no items, other costs than items, negative or NaN ones; a group without this
             process.
-        RuntimeError: by the metric, on all ranks: one of them failed; it says which and why.
+        RuntimeError: here or by the metric, on all ranks: one of them failed; it says which and
+            why. A single process raises its own error.
     """
     return Sharded(evaluate, items, costs, reduce, Ranks.of(group))
 
@@ -79,7 +80,8 @@ class Sharded:
             raise ValueError(f"costs: expected {count} numbers >= 0, got {costs}")
         self.evaluate, self.reduce, self.ranks, self.count = evaluate, reduce, ranks, count
         self.share = deal(costs, ranks.size)[ranks.rank]
-        self.items = [items[index] for index in self.share]
+        self.items: list[Any] = []
+        ranks.each(lambda: self.items.extend(items[index] for index in self.share))
 
     def __call__(self, grid: Tensor) -> float:
         shares = self.ranks.each(lambda: (self.count, self.of_share(grid)))

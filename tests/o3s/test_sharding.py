@@ -140,6 +140,20 @@ def test_a_failure_on_one_rank_raises_on_all():
         work(Ranks())
 
 
+def test_an_item_that_one_rank_cannot_read_raises_on_all():
+    class Broken(list):
+        def __getitem__(self, index):
+            if index == 1:
+                raise OSError("no such recording")
+            return super().__getitem__(index)
+
+    def work(ranks):
+        return Sharded(lambda grid, own: own, Broken([1, 2, 3]), None, o3s.mean, ranks)
+
+    made = on_ranks(2, work)
+    assert {str(error) for error in made} == {"rank 1 of 2: OSError: no such recording"}
+
+
 def test_other_items_than_on_other_ranks():
     def work(ranks):
         items = [1, 2, 3] if ranks.rank else [1, 2]
