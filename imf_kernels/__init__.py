@@ -6,6 +6,7 @@ CUDA ones would wait for the device. The README has short examples.
 """
 
 from imf_kernels import (
+    data,
     distill,
     evaluate,
     fp8,
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "backend",
     "backends",
+    "data",
     "distill",
     "evaluate",
     "fp8",

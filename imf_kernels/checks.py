@@ -44,8 +44,15 @@ def same_device(name: str, tensor: Tensor | None, device: torch.device) -> None:
 
 
 def positive_int(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    whole(name, value, 1)
+
+
+def whole(name: str, value: int, least: int, most: int | None = None) -> None:
+    """An integer of at least `least`, and at most `most` if given."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if not fits or (most is not None and value > most):
+        bounds = f">= {least}" if most is None else f"in [{least}, {most}]"
+        raise ValueError(f"{name}: expected an integer {bounds}, got {value!r}")
 
 
 def number(name: str, value: float, least: float = -math.inf, most: float = math.inf) -> None:

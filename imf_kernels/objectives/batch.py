@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +22,14 @@ class Batch:
         conditions: The arguments of the model's `prepare` other than `lengths`: prompt, text, ...
         loss_mask: Frames that count in the loss, bool `(B, N)`: the span to infill, the frames
             after the prompt. None: all valid frames.
+        names: The rows' names, for reports; or none.
     """
 
     x1: Tensor
     lengths: Tensor
     conditions: Mapping[str, Any] = field(default_factory=dict)
     loss_mask: Tensor | None = None
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checks.state("x1", self.x1)
@@ -40,6 +42,8 @@ class Batch:
         if self.loss_mask is not None:
             checks.shape("loss_mask", self.loss_mask, rows, frames)
             checks.dtype("loss_mask", self.loss_mask, torch.bool)
+        if self.names and len(self.names) != rows:
+            raise ValueError(f"names: expected one for each of {rows} rows, got {self.names}")
 
     def valid(self) -> Tensor:
         """Frames within the rows' lengths, bool `(B, N)`."""
@@ -50,3 +54,23 @@ class Batch:
         if region == "span" and self.loss_mask is not None:
             return self.valid() & self.loss_mask
         return self.valid()
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """On another device, with the conditions that are tensors."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, from where a copy to a GPU does not hold up the host."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(
+            change(self.x1),
+            change(self.lengths),
+            {
+                name: change(value) if isinstance(value, Tensor) else value
+                for name, value in self.conditions.items()
+            },
+            None if self.loss_mask is None else change(self.loss_mask),
+            self.names,
+        )

@@ -1,0 +1,54 @@
+"""What a dataset is: utterances by number, whose lengths are known before they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from imf_kernels import checks
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One utterance, on the CPU.
+
+    Attributes:
+        name: For reports: a path, an id.
+        mel: Normalised as the model has it, float32 `(n, C)`, n >= 1.
+        features: What the collate makes conditions of: "text" ids `(L,)`; "tokens" `(m,)` and
+            "speaker" `(S,)`; or your own.
+    """
+
+    name: str
+    mel: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checks.shape(f"mel of {self.name}", self.mel, "n", "C")
+        checks.floating(f"mel of {self.name}", self.mel)
+        if not len(self.mel):
+            raise ValueError(f"mel of {self.name}: expected one frame or more, got none")
+
+
+class Utterances(Protocol):
+    """A dataset. For a loader with workers it can be pickled, and is the same in every process.
+
+    What cannot be read is an error that names it, never another utterance.
+    """
+
+    @property
+    def frames(self) -> Sequence[int]:
+        """Mel frames of each, no fewer than `self[i].mel` has, known without reading audio."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The utterances' names, known without reading audio."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Utterance: ...
