@@ -40,16 +40,21 @@ FLOORS = {
 ALWAYS_ALLOWED = {"torch", "imf_kernels", *sys.stdlib_module_names}
 ALLOWED = {"ops": {"triton"}}
 LAZY = {
+    "accelerate",
+    "f5_tts",
     "faster_whisper",
     "huggingface_hub",
     "jiwer",
     "librosa",
     "matplotlib",
+    "peft",
+    "pyarrow",
     "rich",
     "safetensors",
     "soundfile",
     "soxr",
     "transformers",
+    "yaml",
     "zhconv",
     "zhon",
 }

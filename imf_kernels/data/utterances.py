@@ -52,3 +52,33 @@ class Utterances(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Utterance: ...
+
+
+def within(seconds: Sequence[float], least: float, most: float) -> tuple[list[int], int]:
+    """Which lengths are in `[least, most]`, and how many are not.
+
+    Raises:
+        ValueError: all are outside, or the bounds are none.
+    """
+    checks.number("min_seconds", least, 0)
+    checks.number("max_seconds", most, least)
+    kept = [i for i, length in enumerate(seconds) if least <= length <= most]
+    if not kept:
+        raise ValueError(
+            f"min_seconds, max_seconds: expected utterances in [{least}, {most}], got none of "
+            f"{len(seconds)}"
+        )
+    return kept, len(seconds) - len(kept)
+
+
+def fitted(name: str, mel: Tensor, frames: int) -> Tensor:
+    """A mel as long as its dataset said, or a little shorter.
+
+    Durations that others wrote down are off by a frame or two: what is more is cut off.
+
+    Raises:
+        ValueError: off by more than 2 %, and 4 frames: audio that broke off, or is not the one.
+    """
+    if abs(len(mel) - frames) > max(4, frames // 50):
+        raise ValueError(f"{name}: expected {frames} mel frames, got {len(mel)}")
+    return mel[:frames]

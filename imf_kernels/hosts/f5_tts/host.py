@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from imf_kernels import checks, grids, guidance, masks, sampler
+from imf_kernels.data import collate, texts
 from imf_kernels.graphs import DEFAULT, GraphSampler
 from imf_kernels.hosts.f5_tts import inputs
 from imf_kernels.hosts.replays import Replays
@@ -81,7 +82,7 @@ class F5TTS(nn.Module):
             ("prompt_drop_prob", prompt_drop_prob),
         ):
             checks.number(name, share, 0, 1)
-        inputs.check_shares("frac_lengths_mask", frac_lengths_mask)
+        collate.check_shares("frac_lengths_mask", frac_lengths_mask)
         if guidance is not None:
             checks.number("guidance", guidance)
         self.transformer = model
@@ -248,7 +249,7 @@ class F5TTS(nn.Module):
             rows, prompt_frames, channels = heard.shape
             ids = self._ids(text, rows)
             lens = self._lengths(lens, rows, 0, prompt_frames)
-            least = torch.maximum((ids != inputs.PADDING).sum(-1), lens) + 1
+            least = torch.maximum((ids != texts.PADDING).sum(-1), lens) + 1
             lengths = torch.maximum(least, self._per_row("duration", duration, rows))
             lengths = lengths.clamp(max=max_duration)
             durations = lengths.tolist()  # the only wait for the device, ahead of the solve
@@ -359,7 +360,7 @@ class F5TTS(nn.Module):
         rows, frames, _ = x1.shape
         ids = self._ids(text, rows)
         lens = self._lengths(lens, rows, 1, frames)
-        span = inputs.spans(lens, frames, self.frac_lengths_mask)
+        span = collate.spans(lens, frames, self.frac_lengths_mask)
         prompt = x1.masked_fill(span[:, :, None], 0.0)
         train = self._flow_matching if self.objective is None else self._distillation
         loss, pred = train(x1, lens, span, prompt, ids)

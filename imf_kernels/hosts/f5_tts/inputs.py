@@ -1,4 +1,4 @@
-"""What F5-TTS is given, as tensors: text as ids, noise by seeds, times, spans to infill."""
+"""What F5-TTS is given, as tensors: text as ids, noise by seeds, times."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from imf_kernels import checks, grids, masks
+from imf_kernels.data import texts
 
 BYTES = 256
-PADDING = -1
-"""The id behind a row's text."""
 
 
 def integer(name: str, value: int) -> int:
@@ -23,16 +22,6 @@ def integer(name: str, value: int) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {value!r}") from None
-
-
-def check_shares(name: str, shares: tuple[float, float]) -> None:
-    """Raises unless these are two ascending numbers in [0, 1]."""
-    if not isinstance(shares, Sequence) or len(shares) != 2:
-        raise ValueError(f"{name}: expected two shares, got {shares!r}")
-    for share in shares:
-        checks.number(name, share, 0, 1)
-    if shares[0] > shares[1]:
-        raise ValueError(f"{name}: expected ascending shares, got {shares!r}")
 
 
 def text_ids(
@@ -61,12 +50,7 @@ def text_ids(
             "text: expected ids, or texts with a vocab_char_map (without one they are bytes, of "
             f"which there are {BYTES}, and this model has {known} ids), got {text!r}"
         )
-    if vocab is None:
-        ids = [list("".join(line).encode()) for line in text]
-    else:
-        ids = [[vocab.get(token, 0) for token in line] for line in text]
-    lines = [torch.tensor(line, dtype=torch.int64) for line in ids]
-    return pad_sequence(lines, batch_first=True, padding_value=PADDING).to(device)
+    return texts.padded([texts.ids(line, vocab) for line in text]).to(device)
 
 
 def noise(
@@ -131,15 +115,3 @@ def repeated(heard: Tensor, lens: Tensor, lengths: Tensor, frames: int) -> Tenso
     nothing = heard.shape[1]
     source = source.where(moved, nothing)[:, :, None].expand(-1, -1, heard.shape[2])
     return F.pad(heard, (0, 0, 0, 1)).gather(1, source)
-
-
-def spans(lengths: Tensor, frames: int, shares: tuple[float, float]) -> Tensor:
-    """One span per row, of a share of its length drawn from `shares`: bool `(B, frames)`.
-
-    The draws are the client's, in its order, from torch's random state.
-    """
-    share = torch.zeros(lengths.shape, device=lengths.device).uniform_(*shares)
-    size = (share * lengths).long()
-    start = ((lengths - size) * torch.rand_like(share)).long()
-    frame = torch.arange(frames, device=lengths.device)
-    return (frame >= start[:, None]) & (frame < (start + size)[:, None])

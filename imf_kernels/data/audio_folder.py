@@ -1,0 +1,104 @@
+"""A folder of audio files, with their transcripts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from imf_kernels.data import audio, mels
+from imf_kernels.data.texts import Tokenizer
+from imf_kernels.data.utterances import Utterance, fitted, within
+
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+METADATA = "metadata.csv"
+
+
+class AudioFolder:
+    """The audio files below a folder, by their relative paths.
+
+    With a `metadata.csv` in the folder they are those of its rows, as LJSpeech has them:
+    `name|text`, or `name|text|normalised text`, of which the last counts; a name is a path, seen
+    from the folder or its `wavs/`, with or without its suffix. Otherwise they are all that there
+    are, and the transcript of `a/b.wav` is `a/b.txt`. Lengths are read from headers, once.
+
+    Args:
+        mel: A `Mel`, or the name of one.
+        tokenizer: "byte", "char" or "pinyin", with the `vocab` of the last two (`Tokenizer`): the
+            feature "text". None: no transcripts are needed.
+        min_seconds, max_seconds: Files of other lengths are left out, which `left_out` counts.
+
+    Raises:
+        FileNotFoundError, ValueError: no folder, no audio, what cannot be read; naming file and
+            row.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        mel: mels.Mel | str = "vocos",
+        tokenizer: str | None = None,
+        vocab: str | Path | None = None,
+        min_seconds: float = 0.3,
+        max_seconds: float = 30.0,
+    ) -> None:
+        self.folder, self.mel = Path(folder), mels.of(mel)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"folder: expected a folder of audio, got none at {folder}")
+        self.tokenizer = None if tokenizer is None else Tokenizer(tokenizer, vocab)
+        listed = (self.folder / METADATA).is_file()
+        said = list(self._listed() if listed else self._found())
+        if not said:
+            raise ValueError(f"folder: expected audio ({', '.join(SUFFIXES)}) in {folder}")
+        rate = self.mel.rate
+        counts = [audio.samples(self.folder / name, rate) for name, _ in said]
+        seconds = [count / rate for count in counts]
+        kept, self.left_out = within(seconds, min_seconds, max_seconds)
+        self.names = [said[i][0] for i in kept]
+        self.frames = [self.mel.frames(counts[i]) for i in kept]
+        self._texts = [said[i][1] for i in kept]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Utterance:
+        name = self.names[index]
+        path = self.folder / name
+        mel = self.mel(audio.read(str(path), path, self.mel.rate))
+        features = {}
+        if self.tokenizer is not None:
+            features["text"] = self.tokenizer(self._texts[index])
+        return Utterance(name, fitted(str(path), mel, self.frames[index]), features)
+
+    def _listed(self) -> Iterator[tuple[str, str]]:
+        table = self.folder / METADATA
+        for number, line in enumerate(table.read_text(encoding="utf-8-sig").split("\n"), 1):
+            if not line.strip():
+                continue
+            name, *texts = line.rstrip("\r").split("|")
+            if not texts:
+                raise ValueError(f"{table}, row {number}: expected name|text, got {line!r}")
+            places = [self.folder / name, self.folder / "wavs" / name]
+            ends = ("", *SUFFIXES)
+            paths = [place.with_name(place.name + end) for end in ends for place in places]
+            path = next((path for path in paths if path.is_file()), None)
+            if path is None:
+                raise FileNotFoundError(
+                    f"{table}, row {number}: expected an audio file for {name!r}, got none at "
+                    f"{places[0]} or {places[1]}"
+                )
+            inside = path.is_relative_to(self.folder)
+            name = path.relative_to(self.folder).as_posix() if inside else str(path)
+            yield name, texts[-1].strip()
+
+    def _found(self) -> Iterator[tuple[str, str]]:
+        for path in sorted(self.folder.rglob("*")):
+            if path.suffix.lower() in SUFFIXES:
+                transcript, text = path.with_suffix(".txt"), ""
+                if self.tokenizer is not None:
+                    if not transcript.is_file():
+                        raise FileNotFoundError(
+                            f"{path}: expected {transcript.name} beside it, or a {METADATA}"
+                        )
+                    text = transcript.read_text(encoding="utf-8").strip()
+                yield path.relative_to(self.folder).as_posix(), text

@@ -1,0 +1,156 @@
+"""CosyVoice's training data: parquet files with audio, speech tokens and speaker embeddings."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imf_kernels import checks
+from imf_kernels.data import audio, mels
+from imf_kernels.data.utterances import Utterance, fitted, within
+from imf_kernels.files import replacing
+
+TOKENS_PER_SECOND = 25
+FRAMES_PER_TOKEN = 2
+
+
+class CosyVoiceParquet:
+    """The rows of parquet files (`utt`, `audio_data`, `speech_token`, ...), read one at a time.
+
+    Tokens and mel are trimmed to each other: two frames a token. The features are "tokens" `(m,)`
+    and "speaker" `(S,)`. A row costs the reading of its row group, which CosyVoice's own files have
+    but one of: `regroup` makes copies of them that are fit for random access.
+
+    Args:
+        source: A list of files, one a line (`data.list`); a folder of them (`*.parquet`, or
+            `parquet_*.tar`, CosyVoice's name for the same); or one of them.
+        mel: A `Mel`, or the name of one: "cosyvoice2" or "cosyvoice3".
+        embedding: "utt" or "spk": the utterance's own, or its speaker's mean.
+        min_seconds, max_seconds: Rows of other lengths, by their tokens, are left out, which
+            `left_out` counts.
+
+    Raises:
+        FileNotFoundError, ValueError: what is not there or cannot be read; naming file and row.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        mel: mels.Mel | str = "cosyvoice2",
+        embedding: str = "utt",
+        min_seconds: float = 1.0,
+        max_seconds: float = 60.0,
+    ) -> None:
+        import pyarrow.compute as pc
+
+        checks.choice("embedding", embedding, ("utt", "spk"))
+        self.mel, self.embedding = mels.of(mel), f"{embedding}_embedding"
+        self._groups: list[tuple[Path, int]] = []
+        sizes, names, tokens = [], [], []
+        for path in _files(Path(source)):
+            with _opened(path) as file:
+                missing = {*self._columns, "utt"} - set(file.schema_arrow.names)
+                if missing:
+                    raise ValueError(f"{path}: expected columns {sorted(missing)}, got none")
+                groups = range(file.num_row_groups)
+                self._groups += [(path, group) for group in groups]
+                sizes += [file.metadata.row_group(group).num_rows for group in groups]
+                table = file.read(["utt", "speech_token"])
+            names += table["utt"].to_pylist()
+            tokens += pc.fill_null(pc.list_value_length(table["speech_token"]), 0).to_pylist()
+        self._ends = list(accumulate(sizes))
+        seconds = [count / TOKENS_PER_SECOND for count in tokens]
+        self._kept, self.left_out = within(seconds, min_seconds, max_seconds)
+        self.names = [names[row] for row in self._kept]
+        self.frames = [FRAMES_PER_TOKEN * tokens[row] for row in self._kept]
+
+    @property
+    def _columns(self) -> list[str]:
+        return ["audio_data", "speech_token", self.embedding]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Utterance:
+        which = bisect_right(self._ends, self._kept[index])
+        path, group = self._groups[which]
+        with _opened(path) as file:
+            rows = file.read_row_group(group, self._columns)
+            row = rows.slice(self._kept[index] - self._ends[which] + len(rows), 1).to_pylist()[0]
+        name = f"{path}, {self.names[index]}"
+        wave = audio.read(name, row["audio_data"], self.mel.rate)
+        mel = self.mel(wave / wave.abs().max().clamp(min=1))
+        mel = fitted(name, mel, self.frames[index])
+        tokens = torch.tensor(row["speech_token"])[: len(mel) // FRAMES_PER_TOKEN]
+        speaker = torch.tensor(row[self.embedding], dtype=torch.float32)
+        return Utterance(
+            self.names[index],
+            mel[: FRAMES_PER_TOKEN * len(tokens)],
+            {"tokens": tokens, "speaker": speaker},
+        )
+
+
+def regroup(source: str | Path, folder: str | Path, *, rows: int = 8) -> Path:
+    """Copies of a `CosyVoiceParquet`'s files in a folder, with `rows` rows a row group.
+
+    Returns:
+        The list of the copies, `data.list` in the folder.
+    """
+    import pyarrow.parquet as pq
+
+    checks.positive_int("rows", rows)
+    folder, copies = Path(folder).absolute(), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, path in enumerate(_files(Path(source))):
+        copy = folder / f"{number:09d}.parquet"
+        with (
+            _opened(path) as file,
+            replacing(copy) as temporary,
+            pq.ParquetWriter(temporary, file.schema_arrow) as writer,
+        ):
+            for batch in file.iter_batches(rows):
+                writer.write_batch(batch)
+        copies.append(f"{copy}\n")
+    with replacing(folder / "data.list") as temporary:
+        temporary.write_text("".join(copies), encoding="utf-8")
+    return folder / "data.list"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            yield file
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path}: expected a parquet file: {error}") from error
+
+
+def _files(source: Path) -> list[Path]:
+    if source.is_dir():
+        paths = sorted([*source.glob("*.parquet"), *source.glob("parquet_*.tar")])
+    elif not source.is_file():
+        raise FileNotFoundError(f"source: expected a list, a folder or a file, got none: {source}")
+    elif source.suffix in (".parquet", ".tar"):
+        paths = [source]
+    else:
+        lines = source.read_text(encoding="utf-8").splitlines()
+        paths = [_beside(source, line.strip()) for line in lines if line.strip()]
+    if not paths:
+        raise ValueError(f"source: expected parquet files, got none in {source}")
+    return paths
+
+
+def _beside(source: Path, line: str) -> Path:
+    """A file of a list: as it is written, or seen from the list."""
+    path = Path(line)
+    return path if path.is_absolute() or path.is_file() else source.parent / path
