@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 
 import torch
@@ -90,10 +91,13 @@ class Loader:
             sampler=taken,
             batch_size=None,
             num_workers=self.workers,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=_heed_parent,
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # or it draws from torch's own, for nothing
         )
-        for batch in batches:
+        with _sigterm_blocked():  # which is inherited, by every thread
+            made = iter(batches)
+        for batch in made:
             batch = batch.to(self.device, non_blocking=True)
             yield batch if self.finish is None else self.finish(batch)
 
@@ -111,13 +115,21 @@ class _Batches(Dataset[Batch]):
         return self.collate([self.utterances[row] for row in rows], generator)
 
 
-def _outlive_signals(worker: int) -> None:
-    """A worker ends with its parent, and when its parent says so.
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Cluster managers send SIGTERM to all processes of a job at once.
 
-    Cluster managers send SIGTERM to all processes of a job at once; the run then saves what it has,
-    for which its batches must not break off.
+    The run then saves what it has, for which its batches must not break off.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _heed_parent(worker: int) -> None:
+    """A worker ends when its parent says so, with a signal that is blocked here."""
     parent = os.getppid()
 
     def wait() -> None:

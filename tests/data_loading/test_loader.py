@@ -80,11 +80,13 @@ def test_workers_change_nothing_and_outlive_a_signal_to_all():
         assert worker.exitcode == 0
 
 
-def test_finish_is_called_in_the_end():
+def test_finish_is_called_in_the_end_and_nothing_else_is_drawn():
     def finish(batch):
         return Batch(batch.x1 * 0, batch.lengths, batch.conditions, names=batch.names)
 
+    state = torch.get_rng_state()
     got = next(loader(finish=finish)(4))
+    assert torch.equal(torch.get_rng_state(), state), "torch's own random state is the trainer's"
     assert got.names == next(loader()(4)).names
     assert not got.x1.any()
     assert got.conditions["streaming"] is True
