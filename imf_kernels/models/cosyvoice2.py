@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from imf_kernels import checks
 from imf_kernels.models import state_dicts
-from imf_kernels.models.causal_blocks import Attention, CausalConv, ConvBlock, Stage
+from imf_kernels.models.causal_blocks import Attention, CausalConv, ConvBlock, FeedForward, Stage
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
 from imf_kernels.models.config import CausalUNetConfig
 from imf_kernels.models.estimator import Estimator, checked_lengths, packed_rows
@@ -256,6 +256,9 @@ class CausalUNet(Estimator):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.fuse_weights()
+
+    def shards(self) -> list[nn.Module]:
+        return [m for m in self.modules() if isinstance(m, Attention | FeedForward)]
 
     @property
     def _down(self) -> Any:

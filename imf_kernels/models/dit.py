@@ -538,6 +538,9 @@ class DiT(Estimator):
             elif isinstance(module, GroupedConv) and module.weight.is_cuda:
                 module.lay_out()
 
+    def shards(self) -> list[nn.Module]:
+        return [m for m in self.modules() if isinstance(m, Attention | FeedForward)]
+
     def _adaln_linears(self) -> list[nn.Linear]:
         return [module.linear for module in self.modules() if isinstance(module, AdaLN)]
 

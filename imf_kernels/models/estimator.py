@@ -114,6 +114,11 @@ class Estimator(nn.Module):
                 if isinstance(value, FusedLinears):
                     value.movable = False
 
+    def shards(self) -> list[nn.Module]:
+        """The modules that `fully_shard` may take by themselves: their weights are read by their
+        own forward alone."""
+        return []
+
     def student(self, diagonal: float = 1.0) -> Self:
         """A copy that also takes `r`, through a mixer `[D 0]`, D = `diagonal` times the identity.
 

@@ -9,11 +9,17 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from imf_kernels import checks
+from imf_kernels.distill.ema import Ema
+from imf_kernels.distill.optimization import (
+    adamw,
+    fuse_weights,
+    schedule,
+    train_mode,
+    trainable,
+)
 from imf_kernels.objectives.batch import Batch
 
 Student = TypeVar("Student", bound=nn.Module)
@@ -57,19 +63,11 @@ def distill(
         raise ValueError(f"clip: expected a number > 0, got {clip}")
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay: expected a number in [0, 1), got {ema_decay}")
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("student: expected trainable parameters, got none")
-    fuse_weights: Any = getattr(student, "fuse_weights", None)
-    if fuse_weights is not None:
-        fuse_weights()
-    optimizer = torch.optim.AdamW(
-        parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98), fused=True
-    )
-    ema = None
-    if ema_decay is not None:
-        ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-    _train_mode(student)
+    parameters = list(trainable(student).values())
+    fuse_weights(student)
+    optimizer = adamw(student, lr, weight_decay)
+    ema = None if ema_decay is None else Ema(parameters, ema_decay)
+    train_mode(student)
     source = iter(batches)
     for update in range(updates):
         batch = next(source, None)
@@ -87,26 +85,9 @@ def distill(
             )
         optimizer.step()
         if ema is not None:
-            ema.update_parameters(student)
+            ema.update()
         if callback is not None:
             callback(update, info)
     if ema is not None:
-        student.load_state_dict(ema.module.state_dict())
+        ema.assign()
     return student.eval()
-
-
-def _train_mode(student: nn.Module) -> None:
-    """Training mode, but frozen parts (an encoder) stay in eval."""
-    student.train()
-    for module in student.modules():
-        own = list(module.parameters())
-        if own and not any(p.requires_grad for p in own):
-            module.eval()
-
-
-def schedule(update: int, updates: int, warmup: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine to 0."""
-    if update < warmup:
-        return (update + 1) / warmup
-    progress = (update - warmup) / max(updates - warmup, 1)
-    return 0.5 * (1 + math.cos(math.pi * progress))
