@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -58,12 +59,7 @@ class Spread:
             return
         fuse_weights(student)
         if accelerator.num_processes > 1:
-            self.outer = nn.parallel.DistributedDataParallel(
-                student,
-                device_ids=[accelerator.device] if accelerator.device.type == "cuda" else None,
-                broadcast_buffers=False,  # nothing of a velocity model's is counted
-                gradient_as_bucket_view=True,
-            )
+            self.outer = _data_parallel(student, accelerator.device)
 
     @contextlib.contextmanager
     def accumulating(self, more: bool) -> Iterator[None]:
@@ -82,6 +78,16 @@ class Spread:
             for module in self.student.modules():
                 if hasattr(module, "reshard"):
                     module.reshard()
+
+
+def _data_parallel(student: nn.Module, device: torch.device) -> nn.Module:
+    wrapper = nn.parallel.DistributedDataParallel
+    options: dict[str, Any] = {"gradient_as_bucket_view": True}
+    newer = "forward_sync_buffers" in inspect.signature(wrapper).parameters  # from torch 2.13 on
+    options["forward_sync_buffers" if newer else "broadcast_buffers"] = False  # they are constants
+    if device.type == "cuda":
+        options["device_ids"] = [device]
+    return wrapper(student, **options)
 
 
 def _shard(student: Any, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from imf_kernels import Batch, IntMeanFlow, Teacher
 from imf_kernels.distill import Settings, Trainer
 from tests.flows import Linear
 from tests.objectives.tools import Small, real_batch, real_student, seeded
+
+os.environ["ACCELERATE_USE_CPU"] = "true"  # also where there is a GPU
 
 
 class Affine(nn.Module):
