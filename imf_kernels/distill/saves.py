@@ -73,19 +73,23 @@ class Draft:
             _remove(self.path)  # a damaged one of the same update
             self.hidden.rename(self.path)
             _sync(self.path.parent)
-        for old in names(self.path.parent)[:-keep] if keep else ():
+        for old in self._older()[: -(keep - 1) or None] if keep else ():
             _remove(old)
         return self.path
 
     def abandon(self) -> None:
         shutil.rmtree(self.hidden, ignore_errors=True)
 
+    def _older(self) -> list[Path]:
+        """Those before this one. Any after it is damaged, or the run would have begun there."""
+        return [p for p in names(self.path.parent) if update_of(p) < update_of(self.path)]
+
     @contextlib.contextmanager
     def _telling(self, path: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            kept = names(self.path.parent)
+            kept = self._older()
             last = f"the last good one is {kept[-1].name}" if kept else "there is none yet"
             raise OSError(
                 error.errno,

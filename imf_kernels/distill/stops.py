@@ -100,6 +100,8 @@ def last_words(folder: Path, rank: int, ranks: int) -> Iterator[None]:
             said = _wait_for_words(folder, rank)
             if said is not None:
                 raise RankFailed(said["rank"], said["error"]) from None
+            lost = "a rank has gone without a word: killed, out of memory, or out of reach"
+            raise ConnectionError(lost) from error
         with contextlib.suppress(OSError), replacing(words(folder, rank)) as temporary:
             temporary.write_text(json.dumps({"rank": rank, "error": _text(error)}))
         raise

@@ -43,6 +43,9 @@ class Trainer:
     is saved for each rank if it has `state_dict()` and `load_state_dict()` (a flat dict of tensors
     and numbers). An attribute `progress` is set before every update, from 0 towards 1.
 
+    Interrupted and resumed, it ends with the same bits wherever the device's kernels give the same
+    bits twice (`torch.use_deterministic_algorithms`).
+
     An update whose loss or gradient norm is not finite, or explodes, changes nothing on any rank
     and is written down in `reports/`; `max_bad` of them in a row end the run.
 
@@ -105,7 +108,8 @@ class Trainer:
         """Train to the end, from the newest good checkpoint in `folder` if there is one.
 
         Returns:
-            The student, in eval mode, with its average weights if those are kept.
+            The student, in eval mode, with its average weights if those are kept; under "fsdp2" it
+            stays in parts, and is whole in the last checkpoint.
 
         Raises:
             Stopped: SIGTERM or SIGINT has come: the update is done, and saved.
@@ -222,10 +226,8 @@ class Trainer:
         device = self.accelerator.device
         names = sorted(values)
         seen = torch.stack([values[name].float().to(device, non_blocking=True) for name in names])
-        means = self.accelerator.reduce(seen, "mean").tolist()
-        return {
-            n: v * (self.ranks if n == "frames" else 1) for n, v in zip(names, means, strict=True)
-        }
+        sums = dict(zip(names, self.accelerator.reduce(seen, "sum").tolist(), strict=True))
+        return {name: v if name == "frames" else v / self.ranks for name, v in sums.items()}
 
     def _report(self, why: str, evaluated: Sequence[Evaluated]) -> None:
         """Write down a bad update; end the run after too many."""

@@ -13,10 +13,10 @@ from torch import multiprocessing
 COUNT = 2
 
 
-def launch(function, *arguments, count=COUNT, timeout=120):
+def launch(function, *arguments, count=COUNT, answering=COUNT, timeout=120):
     """Run `function(rank, *arguments)` in each; its answers, or what it raised as text, by rank.
 
-    Forked: what this process has imported they have too.
+    `answering` of them are expected to come to an end. Forked: what this process has imported they have too.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -36,7 +36,7 @@ def launch(function, *arguments, count=COUNT, timeout=120):
     finally:
         for child in children:
             child.kill()
-    return [answer for _, answer in sorted(answers.get() for _ in children)]
+    return [answer for _, answer in sorted(answers.get() for _ in range(answering))]
 
 
 def _rank(answers, rank, count, port, function, arguments):

@@ -107,7 +107,7 @@ def test_one_bad_batch_of_an_update_spoils_it(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:update .* skipped")
 def test_too_many_in_a_row_end_the_run(tmp_path):
-    made = Spoilt({k: math.nan for k in (2, 3, 5, 6, 7)})
+    made = Spoilt(dict.fromkeys((2, 3, 5, 6, 7), math.nan))
     with pytest.raises(FloatingPointError, match=r"update 8: loss nan; 3 bad .*bad_00000008.json"):
         trainer(tmp_path, 20, made=made, max_bad=3, save_every=2).run()
     reports = sorted(path.name for path in (tmp_path / "reports").iterdir())

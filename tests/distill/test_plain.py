@@ -3,38 +3,17 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from imf_kernels import Batch, IntMeanFlow, Teacher
 from imf_kernels.distill import distill, schedule
 from imf_kernels.objectives import Intervals, RolloutCache
+from tests.distill.tools import Affine, pull
 from tests.flows import Guided, Linear
-
-
-class Affine(nn.Module):
-    """`u = slope x + offset`: of the linear flow over [0, 1] the exact form."""
-
-    def __init__(self, slope=0.0, offset=0.0):
-        super().__init__()
-        self.slope = nn.Parameter(torch.tensor(float(slope)))
-        self.offset = nn.Parameter(torch.tensor(float(offset)))
-
-    def prepare(self, lengths):
-        return {"lengths": lengths}
-
-    def forward(self, x, t, r, cond):
-        return self.slope * x + self.offset
 
 
 def batches():
     x1 = torch.randn(8, 10, 2)
     return itertools.repeat(Batch(x1, torch.full((8,), 10)))
-
-
-def pull(student, batch):
-    """A constant gradient of 1: Adam then moves each weight by the learning rate."""
-    loss = sum(1.0 * p for p in student.parameters() if p.requires_grad)
-    return loss, {"loss": loss.detach()}
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -185,7 +164,7 @@ def test_frozen_parameters_stay():
 
 def test_gradients_of_before_do_not_count():
     student = Affine()
-    student.slope.grad = torch.tensor(-1e6)
+    student.slope.grad = torch.tensor([-1e6])
     distill(student, pull, batches(), 1, lr=0.1, weight_decay=0.0)
     assert student.slope.item() == pytest.approx(-0.1, abs=1e-6)
 

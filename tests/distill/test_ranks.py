@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import time
 from functools import partial
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from imf_kernels import Teacher
-from imf_kernels.distill import saves
+from imf_kernels.distill import saves, stops
 from tests.distill.ranks import launch
 from tests.distill.tools import (
     Records,
@@ -48,8 +49,9 @@ def close(one, other, rtol=1e-5):
         assert error < rtol, f"{name}: {error}"
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", ["f5_v1", "unet"])
+@pytest.mark.parametrize(
+    ("parallel", "name"), [("ddp", "f5_v1"), ("fsdp2", "f5_v1"), ("fsdp2", "unet")]
+)
 def test_two_processes_train_as_one(tmp_path, parallel, name):
     """That takes the batches of both: with the same random draws."""
     want = train(0, tmp_path / "one", ranks=1, name=name, accumulate=4)
@@ -63,7 +65,7 @@ def test_two_processes_train_as_one(tmp_path, parallel, name):
                for k, v in read(tmp_path / "one", 3, "optimizer").items())  # fmt: skip
 
 
-def interrupted(rank, folder, parallel):
+def interrupted(rank, folder, **options):
     """Both stop because one is asked to."""
 
     class Ask:
@@ -71,7 +73,7 @@ def interrupted(rank, folder, parallel):
             if rank == 1:
                 signal.raise_signal(signal.SIGTERM)
 
-    dit_run(folder, rank, 2, parallel=parallel, callbacks=[Ask()]).run()
+    dit_run(folder, rank, 2, callbacks=[Ask()], **options).run()
 
 
 class Evaluate:
@@ -91,18 +93,18 @@ class Evaluate:
             assert run.update < 2 or not torch.equal(averaged, before)
 
 
-def whole(rank, folder, parallel):
-    dit_run(folder, rank, 2, parallel=parallel, callbacks=[Evaluate()]).run()
+def whole(rank, folder, **options):
+    dit_run(folder, rank, 2, callbacks=[Evaluate()], **options).run()
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_two_processes_go_on_to_the_bit(tmp_path, parallel):
-    assert launch(whole, tmp_path / "whole", parallel) == [None, None]
-    stopped = launch(interrupted, tmp_path / "parts", parallel)
+@pytest.mark.parametrize("options", [{}, {"parallel": "fsdp2", "precision": "bf16"}])
+def test_two_processes_go_on_to_the_bit(tmp_path, options):
+    assert launch(partial(whole, **options), tmp_path / "whole") == [None, None]
+    stopped = launch(partial(interrupted, **options), tmp_path / "parts")
     for answer, name in zip(stopped, ("another rank's signal", "SIGTERM"), strict=True):
         assert answer.startswith(f"Stopped: {name}: stopped after update 1, saved in")
     assert saved(tmp_path / "parts") == ["step_00000001"]
-    launch(partial(train, parallel=parallel), tmp_path / "parts")
+    launch(partial(train, **options), tmp_path / "parts")
     for part in ("model", "ema", "optimizer"):
         assert same(read(tmp_path / "parts", 3, part), read(tmp_path / "whole", 3, part)), part
 
@@ -140,6 +142,22 @@ def test_a_rank_that_fails_ends_all_with_its_error(tmp_path, accumulate):
     assert launch(fail, tmp_path, accumulate) == [f"RankFailed: rank 1 failed: {error}", error]
     assert time.monotonic() - begun < 60
     assert json.loads((tmp_path / "failed_rank1.json").read_text()) == {"rank": 1, "error": error}
+
+
+def vanish(rank, folder):
+    class Kill:
+        def updated(self, trainer, record):
+            if rank == 1 and record["update"] == 2:
+                os._exit(0)
+
+    stops.PATIENCE = 0.5
+    source = partial(batches, rank=rank, ranks=2)
+    trainer(folder, 8, source=source, callbacks=[Kill()]).run()
+
+
+def test_a_rank_that_vanishes_ends_the_others(tmp_path):
+    (lost,) = launch(vanish, tmp_path, answering=1)
+    assert lost.startswith("ConnectionError: a rank has gone without a word")
 
 
 def spoil(rank, folder):

@@ -163,6 +163,20 @@ def test_a_damaged_checkpoint_is_noticed_and_an_older_one_taken(tmp_path, file, 
         trainer(tmp_path, 8).run()  # replaced by a good one
 
 
+def test_a_damaged_checkpoint_does_not_take_a_good_ones_place(tmp_path):
+    trainer(tmp_path, 8, save_every=2, keep=2).run()
+    cut(tmp_path / "checkpoints" / "step_00000008" / "model.safetensors")
+    seen = []
+
+    class Look:
+        def saved(self, trainer, path):
+            seen.append([p.name for p in saves.names(path.parent) if saves.damage(p) is None])
+
+    with pytest.warns(UserWarning, match="damaged"):
+        trainer(tmp_path, 8, save_every=1, keep=1, callbacks=[Look()]).run()
+    assert seen == [["step_00000007"], ["step_00000008"]]
+
+
 def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
     trainer(tmp_path, 8).run()
     for path in saves.names(tmp_path / "checkpoints"):
