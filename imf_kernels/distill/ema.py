@@ -35,16 +35,14 @@ class Ema:
 
     @torch.no_grad()
     def assign(self) -> None:
-        """Let the parameters be their averages."""
-        for value, average in zip(self._values(), self.averages, strict=True):
-            value.copy_(average)
+        """Let the parameters be their averages, if there are any yet."""
+        if self.averages:
+            for value, average in zip(self._values(), self.averages, strict=True):
+                value.copy_(average)
 
     @contextlib.contextmanager
     def assigned(self) -> Iterator[None]:
         """Within, the parameters are their averages, if there are any yet."""
-        if not self.averages:
-            yield
-            return
         before = [value.clone() for value in self._values()]
         self.assign()
         try:

@@ -72,13 +72,16 @@ def rows(batch: Batch, loss: Tensor, info: Mapping[str, Tensor]) -> dict[str, An
 
 
 def report(
-    folder: Path, update: int, why: str, guard: Guard, ranks: Sequence[Sequence[Mapping[str, Any]]]
+    folder: Path,
+    told: Mapping[str, Any],
+    guard: Guard,
+    ranks: Sequence[Sequence[Mapping[str, Any]]],
 ) -> Path:
-    """Write `bad_<update>.json`: every rank's batches, and the last good losses and norms."""
-    path = folder / f"bad_{update:08d}.json"
+    """Write `bad_<update>.json`: what is told, what was good before, and every rank's batches."""
+    path = folder / f"bad_{told['update']:08d}.json"
     batches = [{"rank": k, **batch} for k, rank in enumerate(ranks) for batch in rank]
-    told = {"update": update, "why": why, **guard.state_dict(), "batches": batches}
     folder.mkdir(exist_ok=True)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(told, indent=1))
+        whole = {**told, "before": guard.state_dict(), "batches": batches}
+        temporary.write_text(json.dumps(whole, indent=1))
     return path

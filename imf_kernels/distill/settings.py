@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from imf_kernels import checks
@@ -92,18 +92,16 @@ class Settings:
         Raises:
             ValueError: naming the first setting that would change its course.
         """
-        own = self.to_dict()
-        for name in (field.name for field in fields(self)):
-            if name in FREE or own[name] == saved.get(name):
+        own, begun = self.to_dict(), {**Settings(updates=1).to_dict(), **saved}
+        for name, value in own.items():
+            if name in FREE or value == begun[name]:
                 continue
-            if name == "updates" and self.decay == "constant" and own[name] > saved[name]:
+            if name == "updates" and self.decay == "constant" and value > begun[name]:
                 continue
-            hint = ""
-            if name == "updates":
-                hint = " (it may grow where decay is 'constant')"
+            hint = " (it may grow where decay is 'constant')" if name == "updates" else ""
             raise ValueError(
-                f"{name}: expected {saved.get(name)!r}, with which this run was begun{hint}, "
-                f"got {own[name]!r}; another run wants another folder"
+                f"{name}: expected {begun[name]!r}, with which this run was begun{hint}, "
+                f"got {value!r}; another run wants another folder"
             )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,15 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from imf_kernels.distill import guard, saves, stops
-from imf_kernels.distill.ema import Ema
-from imf_kernels.distill.optimization import adamw, schedule, train_mode, trainable
-from imf_kernels.distill.parallel import Spread, connect, from_all, gathered, scattered
+from imf_kernels.distill.optimization import schedule, train_mode, trainable
+from imf_kernels.distill.parallel import connect, from_all
 from imf_kernels.distill.plain import Objective
 from imf_kernels.distill.settings import Settings
+from imf_kernels.distill.state import State
 from imf_kernels.objectives.batch import Batch
-from imf_kernels.version import __version__
 
-FORMAT = 1
+CHECKPOINTS = "checkpoints"
 
 
 class Evaluated(NamedTuple):
@@ -60,7 +58,6 @@ class Trainer:
     Attributes:
         accelerator: `accelerate.Accelerator`.
         student, objective, folder, settings: As given; the student on its device.
-        update: Updates done.
 
     Args:
         student: Trained in place; its trainable weights are float32.
@@ -96,13 +93,12 @@ class Trainer:
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.student, self.objective, self.batches = student, objective, batches
         self.folder, self.settings, self.callbacks = Path(folder), settings, tuple(callbacks)
-        self.update = 0
-        self._spread = Spread(student, self.accelerator, settings.parallel)
-        self._parameters = trainable(student)
-        self._optimizer = adamw(student, settings.lr, settings.weight_decay, settings.betas)
-        decay = settings.ema_decay
-        self._ema = None if decay is None else Ema(self._parameters.values(), decay)
-        self._guard = guard.Guard(settings.explode)
+        self._state = State(student, objective, settings, self.accelerator)
+
+    @property
+    def update(self) -> int:
+        """Updates done."""
+        return self._state.update
 
     def run(self) -> nn.Module:
         """Train to the end, from the newest good checkpoint in `folder` if there is one.
@@ -121,26 +117,27 @@ class Trainer:
         with stops.last_words(self.folder, self.rank, self.ranks), stops.Signals() as signals:
             with stops.together():
                 if self.rank == 0:
-                    saves.begin(self._checkpoints)
+                    saves.begin(self.folder / CHECKPOINTS)
                     stops.forget(self.folder)
-            self._resume()
+            self._state.load_newest(self.folder / CHECKPOINTS)
             self._call("started")
             self._train(signals)
             self._call("ended")
-            if self._ema is not None and self._ema.averages:
-                self._ema.assign()
+            if self._state.ema is not None:
+                self._state.ema.assign()
             return self.student.eval()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Within, the student holds its average weights, if those are kept, and is in eval mode."""
-        self._spread.reshard()
-        with contextlib.nullcontext() if self._ema is None else self._ema.assigned():
+        spread, ema = self._state.spread, self._state.ema
+        spread.reshard()
+        with contextlib.nullcontext() if ema is None else ema.assigned():
             self.student.eval()
             try:
                 yield
             finally:
-                self._spread.reshard()
+                spread.reshard()
                 train_mode(self.student)
 
     def autocast(self) -> torch.autocast:
@@ -160,7 +157,7 @@ class Trainer:
             due = due or self.update % settings.save_every == 0 or self.update == settings.updates
             if record["skipped"] or not (due or stop):
                 continue  # saved after good updates only
-            path, due = self._save(), False
+            path, due = self._state.save(self.folder / CHECKPOINTS), False
             self._call("saved", path)
             if stop:
                 self._call("ended")
@@ -170,27 +167,26 @@ class Trainer:
         self, source: Iterator[Batch], signals: stops.Signals
     ) -> tuple[dict[str, float], bool]:
         """One update: its record, and whether any rank was asked to stop."""
-        settings, begun = self.settings, time.perf_counter()
+        settings, state, begun = self.settings, self._state, time.perf_counter()
         lr = settings.lr * schedule(
             self.update, settings.updates, settings.warmup, settings.decay, settings.min_lr
         )
         if hasattr(self.objective, "progress"):
             self.objective.progress = self.update / settings.updates
         evaluated = [self._evaluate(source, i) for i in range(settings.accumulate)]
-        norm = self.accelerator.clip_grad_norm_(list(self._parameters.values()), settings.clip)
+        norm = self.accelerator.clip_grad_norm_(list(state.parameters.values()), settings.clip)
         seen = self._reduced(evaluated, norm, signals.asked is not None)
 
-        why = self._guard.judge(seen["loss"], seen["norm"])
+        why = state.guard.judge(seen["loss"], seen["norm"])
         if why is None:
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            self._optimizer.step()
-            if self._ema is not None:
-                self._ema.update()
-        self._optimizer.zero_grad()
+            state.optimizer.param_groups[0]["lr"] = lr
+            state.optimizer.step()
+            if state.ema is not None:
+                state.ema.update()
+        state.optimizer.zero_grad()
+        state.update += 1
         if why is not None:
-            self._report(why, evaluated)
-        self.update += 1
+            self._report(why, evaluated, seen)
         stop = seen.pop("stop") > 0
         own = {"update": self.update, "lr": lr, "seconds": time.perf_counter() - begun}
         return {**seen, **own, "skipped": float(why is not None)}, stop
@@ -205,9 +201,9 @@ class Trainer:
                 f"batches: expected {self.settings.updates * accumulate} of them, got {position}"
             )
         torch.manual_seed(seed_of(self.settings.seed, position * self.ranks + self.rank))
-        with self._spread.accumulating(i + 1 < accumulate):
+        with self._state.spread.accumulating(i + 1 < accumulate):
             with self.autocast():
-                loss, info = self.objective(self._spread.outer, batch)
+                loss, info = self.objective(self._state.spread.outer, batch)
             (loss / accumulate).backward()
         return Evaluated(batch, loss.detach(), info)
 
@@ -229,139 +225,26 @@ class Trainer:
         sums = dict(zip(names, self.accelerator.reduce(seen, "sum").tolist(), strict=True))
         return {name: v if name == "frames" else v / self.ranks for name, v in sums.items()}
 
-    def _report(self, why: str, evaluated: Sequence[Evaluated]) -> None:
+    def _report(self, why: str, evaluated: Sequence[Evaluated], seen: Mapping[str, float]) -> None:
         """Write down a bad update; end the run after too many."""
         ranks = from_all([guard.rows(*one) for one in evaluated])
         with stops.together():
             if self.rank == 0:
-                update, reports = self.update + 1, self.folder / "reports"
-                path = guard.report(reports, update, why, self._guard, ranks)
-                if self._guard.in_a_row >= self.settings.max_bad:
+                told = {"update": self.update, "why": why, **seen}
+                path = guard.report(self.folder / "reports", told, self._state.guard, ranks)
+                in_a_row = self._state.guard.in_a_row
+                if in_a_row >= self.settings.max_bad:
                     raise FloatingPointError(
-                        f"update {update}: {why}; {self._guard.in_a_row} bad updates in a row, "
+                        f"update {self.update}: {why}; {in_a_row} bad updates in a row, "
                         f"the last of them in {path}"
                     )
-                warnings.warn(f"update {update} skipped: {why}; see {path}", stacklevel=2)
+                warnings.warn(f"update {self.update} skipped: {why}; see {path}", stacklevel=2)
 
     def _call(self, name: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             method = getattr(callback, name, None)
             if method is not None:
                 method(self, *arguments)
-
-    # -- checkpoints ----------------------------------------------------------------------------
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    def _save(self) -> Path:
-        draft, main = saves.Draft(self._checkpoints, self.update), self.rank == 0
-        try:
-            with stops.together():
-                if main:
-                    draft.begin()
-            with stops.together():
-                if hasattr(self.objective, "state_dict"):
-                    draft.add_flat(f"objective_{self.rank}", self.objective.state_dict())
-            for files in from_all(draft.files):
-                draft.files |= files
-            parts = self._tensors()
-            with stops.together():
-                if main:
-                    for name, tensors in parts.items():
-                        draft.add_tensors(name, tensors)
-                    draft.add("state.json", json.dumps(self._state(), indent=1).encode())
-                    draft.publish(self.settings.keep)
-        except BaseException:
-            if main:
-                draft.abandon()
-            raise
-        return draft.path
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "update": self.update,
-            "position": self.update * self.settings.accumulate,
-            "ranks": self.ranks,
-            "settings": self.settings.to_dict(),
-            "guard": self._guard.state_dict(),
-            "torch": torch.__version__,
-            "imf_kernels": __version__,
-        }
-
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Whole tensors on the CPU, on the first rank; the others help to gather them."""
-
-        def whole(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-            return {name: gathered(value, self.rank == 0) for name, value in tensors.items()}
-
-        self._spread.reshard()
-        parts = {"model": whole(self.student.state_dict())}
-        if self._ema is not None:
-            with self._ema.assigned():
-                parts["ema"] = whole(self._parameters)
-        state = self._optimizer.state
-        parts["optimizer"] = whole(
-            {f"{n}.{k}": v for n, p in self._parameters.items() for k, v in state[p].items()}
-        )
-        return parts
-
-    def _resume(self) -> None:
-        """Load the newest good checkpoint, if there is one."""
-        found = None
-        with stops.together():
-            if self.rank == 0 and (path := saves.newest(self._checkpoints)) is not None:
-                state = json.loads((path / "state.json").read_text())
-                self._check(state)
-                found = path, state
-        found = from_all(found)[0]
-        if found is not None:
-            with stops.together():
-                self._load(*found)
-
-    def _check(self, state: Mapping[str, Any]) -> None:
-        if state["format"] != FORMAT:
-            raise ValueError(f"format: expected {FORMAT}, got {state['format']}")
-        self.settings.check_resume(state["settings"])
-        updates = state["settings"]["updates"]
-        if hasattr(self.objective, "progress") and updates != self.settings.updates:
-            raise ValueError(
-                f"updates: expected {updates}, which the objective's progress is measured by, "
-                f"got {self.settings.updates}"
-            )
-        for name, own in (("torch", torch.__version__), ("ranks", self.ranks)):
-            if state[name] != own:
-                warnings.warn(
-                    f"{name}: the run was begun with {state[name]} and goes on with {own}: "
-                    "not to the bit as it would have",
-                    stacklevel=2,
-                )
-
-    def _load(self, path: Path, state: Mapping[str, Any]) -> None:
-        if self._ema is not None:
-            averages = saves.tensors(path, "ema")
-            with torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    parameter.copy_(scattered(averages[name], parameter))
-            self._ema.begin()
-        own, saved = self.student.state_dict(), saves.tensors(path, "model")
-        self.student.load_state_dict(
-            {name: scattered(value, own[name]) for name, value in saved.items()}
-        )
-        optimizer = saves.tensors(path, "optimizer")
-        for key, value in optimizer.items():
-            name, _, kind = key.rpartition(".")
-            parameter = self._parameters[name]
-            like = value if value.ndim == 0 else parameter  # "step" is of no shape, and everywhere
-            self._optimizer.state[parameter][kind] = scattered(value, like)
-        if hasattr(self.objective, "load_state_dict"):
-            self.objective.load_state_dict(
-                saves.flat(path, f"objective_{self.rank % state['ranks']}")
-            )
-        self.update = state["update"]
-        self._guard.load_state_dict(state["guard"])
 
 
 def seed_of(seed: int, index: int) -> int:

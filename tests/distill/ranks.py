@@ -16,7 +16,8 @@ COUNT = 2
 def launch(function, *arguments, count=COUNT, answering=COUNT, timeout=120):
     """Run `function(rank, *arguments)` in each; its answers, or what it raised as text, by rank.
 
-    `answering` of them are expected to come to an end. Forked: what this process has imported they have too.
+    `answering` of them are expected to come to an end. They are forked: what this process has
+    imported they have too.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -148,6 +148,15 @@ def test_average_weights(tmp_path):
     assert student.slope.item() == averages[-1] != path[-1]
 
 
+@pytest.mark.filterwarnings("ignore:update 1 skipped")
+def test_no_average_of_nothing(tmp_path):
+    student = Affine(slope=1.0)
+    trainer(
+        tmp_path, 1, student, lambda *_: (student.slope.sum() * math.nan, {}), ema_decay=0.5
+    ).run()
+    assert student.slope.item() == 1.0
+
+
 def test_progress_is_set_where_an_objective_has_it(tmp_path):
     seen = []
 
