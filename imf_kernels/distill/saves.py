@@ -73,7 +73,8 @@ class Draft:
             _remove(self.path)  # a damaged one of the same update
             self.hidden.rename(self.path)
             _sync(self.path.parent)
-        for old in self._older()[: -(keep - 1) or None] if keep else ():
+        older = self._older()
+        for old in older[: max(len(older) + 1 - keep, 0)] if keep else ():
             _remove(old)
         return self.path
 

@@ -7,7 +7,6 @@ import socket
 import sys
 import traceback
 
-import torch
 from torch import multiprocessing
 
 COUNT = 2
@@ -43,7 +42,6 @@ def launch(function, *arguments, count=COUNT, answering=COUNT, timeout=120):
 def _rank(answers, rank, count, port, function, arguments):
     from accelerate.state import AcceleratorState
 
-    torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked
     os.environ |= {
         "RANK": str(rank),

@@ -260,7 +260,6 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 
 def limited(folder, answers):
     """As on a disk with room for 4 KB more."""
-    torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     try:
         trainer(folder, 4).run()

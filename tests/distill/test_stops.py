@@ -135,7 +135,6 @@ class Slow:
 
 
 def work(folder, pace, done, writing):
-    torch.set_num_threads(1)
     own = saves.write
 
     def write(path, data):
