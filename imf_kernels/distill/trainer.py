@@ -176,6 +176,7 @@ class Trainer:
         evaluated = [self._evaluate(source, i) for i in range(settings.accumulate)]
         norm = self.accelerator.clip_grad_norm_(list(state.parameters.values()), settings.clip)
         seen = self._reduced(evaluated, norm, signals.asked is not None)
+        stop = seen.pop("stop") > 0
 
         why = state.guard.judge(seen["loss"], seen["norm"])
         if why is None:
@@ -187,7 +188,6 @@ class Trainer:
         state.update += 1
         if why is not None:
             self._report(why, evaluated, seen)
-        stop = seen.pop("stop") > 0
         own = {"update": self.update, "lr": lr, "seconds": time.perf_counter() - begun}
         return {**seen, **own, "skipped": float(why is not None)}, stop
 

@@ -2,13 +2,15 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from imf_kernels.distill import saves
-from imf_kernels.distill.guard import ENOUGH, WINDOW, Guard
-from tests.distill.tools import Records, Small, objective, read, same, saved, trainer, weights
+from imf_kernels.distill.guard import ENOUGH, WINDOW, Guard, rows
+from tests.distill.tools import Records, objective, read, same, saved, trainer, weights
+from tests.objectives.tools import Small
 
 
 class Spoilt:
@@ -64,6 +66,14 @@ def test_a_loss_of_nothing_is_no_measure():
     for _ in range(20):
         assert guard.judge(0.0, 0.0) is None
     assert guard.judge(1e-9, 1e-9) is None
+
+
+def test_rows_are_told_by_name():
+    batch = SimpleNamespace(names=("a.wav", "b.wav"), lengths=torch.tensor([3, 5]))
+    info = {"row_error": torch.tensor([0.5, math.inf]), "loss": torch.tensor(math.inf)}
+    told = rows(batch, torch.tensor(math.inf), info)
+    each = {"names": ["a.wav", "b.wav"], "lengths": [3, 5], "row_error": [0.5, math.inf]}
+    assert told == {"loss": math.inf, **each}
 
 
 # -- in a run -------------------------------------------------------------------------------------

@@ -15,16 +15,15 @@ from imf_kernels.distill import saves, stops
 from tests.distill.ranks import launch
 from tests.distill.tools import (
     Records,
-    Small,
     batches,
     objective,
     read,
     real_batches,
-    real_student,
     same,
     saved,
     trainer,
 )
+from tests.objectives.tools import Small, real_student
 
 
 def dit_run(folder, rank=0, ranks=1, updates=3, name="f5_v1", callbacks=(), **options):

@@ -15,18 +15,17 @@ from imf_kernels.distill import Stopped, saves
 from imf_kernels.objectives import Intervals
 from tests.distill.tools import (
     Records,
-    Small,
     batches,
     objective,
     read,
     real_batches,
-    real_student,
     same,
     saved,
     trainer,
     weights,
 )
 from tests.flows import FLOWS
+from tests.objectives.tools import Small, real_student
 
 
 class Counting(DSFlow):

@@ -7,26 +7,25 @@ import pytest
 import torch
 
 from imf_kernels import Batch, DSFlow, Teacher
-from imf_kernels.distill import Settings, Stopped, Trainer, distill, schedule
+from imf_kernels.distill import Settings, distill, schedule
+from imf_kernels.distill.trainer import seed_of
 from tests.distill.tools import (
     Affine,
     Records,
-    Small,
     batches,
     objective,
     pull,
     real_batches,
-    real_student,
     same,
     trainer,
     weights,
 )
 from tests.flows import Linear
+from tests.objectives.tools import Small, real_student
 
 
 def test_equals_the_plain_loop(tmp_path):
     """Which is seeded here as the trainer seeds."""
-    from imf_kernels.distill.trainer import seed_of
 
     def source():
         for position, batch in enumerate(batches()):
@@ -252,8 +251,3 @@ def test_names_the_extra_without_accelerate(tmp_path, monkeypatch):
 def test_settings_are_checked(name, value, expected):
     with pytest.raises(ValueError, match=f"{name}: expected {expected}, got"):
         Settings(**({"updates": 10} | {name: value}))
-
-
-def test_exports():
-    assert issubclass(Stopped, Exception)
-    assert Trainer.__doc__

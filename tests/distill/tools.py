@@ -13,7 +13,7 @@ from torch import nn
 from imf_kernels import Batch, IntMeanFlow, Teacher
 from imf_kernels.distill import Settings, Trainer
 from tests.flows import Linear
-from tests.objectives.tools import Small, real_batch, real_student, seeded
+from tests.objectives.tools import Small, real_batch, seeded
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # also where there is a GPU
 
@@ -107,6 +107,3 @@ class Records:
 
     def ended(self, trainer):
         self.told.append(("ended", trainer.update))
-
-
-__all__ = ["Small", "real_student"]
