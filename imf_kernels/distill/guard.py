@@ -67,8 +67,12 @@ class Guard:
 def rows(batch: Batch, loss: Tensor, info: Mapping[str, Tensor]) -> dict[str, Any]:
     """A batch of a bad update: its loss, its rows' names and what the objective told of each."""
     each = {name: value.tolist() for name, value in info.items() if value.ndim == 1}
-    names = list(getattr(batch, "names", ()))
-    return {"loss": float(loss), "names": names, "lengths": batch.lengths.tolist(), **each}
+    return {
+        "loss": float(loss),
+        "names": list(batch.names),
+        "lengths": batch.lengths.tolist(),
+        **each,
+    }
 
 
 def report(

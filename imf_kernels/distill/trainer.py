@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from imf_kernels import seeds
 from imf_kernels.distill import guard, saves, stops
 from imf_kernels.distill.optimization import schedule, train_mode, trainable
 from imf_kernels.distill.parallel import connect, from_all
@@ -200,7 +200,7 @@ class Trainer:
             raise ValueError(
                 f"batches: expected {self.settings.updates * accumulate} of them, got {position}"
             )
-        torch.manual_seed(seed_of(self.settings.seed, position * self.ranks + self.rank))
+        torch.manual_seed(seeds.seed(self.settings.seed, position * self.ranks + self.rank))
         with self._state.spread.accumulating(i + 1 < accumulate):
             with self.autocast():
                 loss, info = self.objective(self._state.spread.outer, batch)
@@ -245,9 +245,3 @@ class Trainer:
             method = getattr(callback, name, None)
             if method is not None:
                 method(self, *arguments)
-
-
-def seed_of(seed: int, index: int) -> int:
-    """The seed of a run's `index`-th batch, counted over all ranks."""
-    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 
-from imf_kernels import Batch, DSFlow, Teacher
+from imf_kernels import Batch, DSFlow, Teacher, seeds
 from imf_kernels.distill import Settings, distill, schedule
-from imf_kernels.distill.trainer import seed_of
 from tests.distill.tools import (
     Affine,
     Records,
@@ -29,7 +28,7 @@ def test_equals_the_plain_loop(tmp_path):
 
     def source():
         for position, batch in enumerate(batches()):
-            torch.manual_seed(seed_of(0, position))
+            torch.manual_seed(seeds.seed(0, position))
             yield batch
 
     options = {"lr": 0.01, "warmup": 2, "clip": 0.5, "weight_decay": 0.1, "ema_decay": 0.9}
