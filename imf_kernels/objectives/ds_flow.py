@@ -10,7 +10,7 @@ velocity: exact where paths are straight, elsewhere to second order in dt.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,16 +20,17 @@ from imf_kernels import checks
 from imf_kernels.objectives import draws
 from imf_kernels.objectives.batch import Batch
 from imf_kernels.objectives.rollouts import TeacherRollout
+from imf_kernels.objectives.state import Stateful
 from imf_kernels.objectives.students import Prepared, regress
 from imf_kernels.solver import euler, row_lengths
 from imf_kernels.teacher import Teacher
 
 
-class DSFlow:
+class DSFlow(Stateful):
     """`loss, info = objective(student, batch)`, in any training loop; see `IntMeanFlow`.
 
     Calls take the step counts in turn, so that all ranks of a run evaluate equally often; `calls`
-    counts them, and belongs into a checkpoint. A call costs `nfe` guided evaluations of the teacher
+    counts them, and is part of the state. A call costs `nfe` guided evaluations of the teacher
     and K + 1 of the student with gradient, K of them a chain.
 
     Args:
@@ -90,6 +91,17 @@ class DSFlow:
         due = int(self.calls * self.p_uncond) > int((self.calls - 1) * self.p_uncond)
         uncond = due and self.teacher.guidance is not None
         return self.loss(student, self.rollout(batch), count, uncond=uncond)
+
+    def remembered(self) -> dict[str, Any]:
+        return super().remembered() | {"calls": self.calls}
+
+    def recall(self, held: Mapping[str, Any]) -> None:
+        held = dict(held)
+        calls = held.pop("calls", None)
+        if not isinstance(calls, int):
+            raise ValueError(f"state: expected the number of calls, got {calls!r}")
+        super().recall(held)
+        self.calls = calls
 
     @torch.no_grad()
     def rollout(self, batch: Batch) -> TeacherRollout:

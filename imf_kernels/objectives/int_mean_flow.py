@@ -8,7 +8,7 @@ No JVP and no self-bootstrap; the student runs without guidance.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,12 +24,13 @@ from imf_kernels.objectives.rollouts import (
     TeacherRollout,
     draw_pairs,
 )
+from imf_kernels.objectives.state import Stateful
 from imf_kernels.objectives.students import Prepared
 from imf_kernels.ops.mean_velocity_loss import mean_velocity_loss
 from imf_kernels.teacher import Teacher
 
 
-class IntMeanFlow:
+class IntMeanFlow(Stateful):
     """`loss, info = objective(student, batch)`, in any training loop.
 
     The student is a `VelocityModel` with `prepare(lengths=..., **batch.conditions)`, as the
@@ -93,7 +94,17 @@ class IntMeanFlow:
             return self.loss(student, self.rollout(batch))
         if self.cache.wants_new():
             self.cache.add(self.rollout(batch))
-        return self.loss(student, self.cache.deal())
+        return self.loss(student, self.cache.deal(batch.x1.device))
+
+    def remembered(self) -> dict[str, Any]:
+        cache = {} if self.cache is None else {"cache": self.cache.remembered()}
+        return super().remembered() | cache
+
+    def recall(self, held: Mapping[str, Any]) -> None:
+        held = dict(held)
+        if self.cache is not None:
+            self.cache.recall(held.pop("cache", {}))
+        super().recall(held)
 
     @torch.no_grad()
     def rollout(self, batch: Batch) -> TeacherRollout:

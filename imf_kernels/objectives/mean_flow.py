@@ -18,11 +18,12 @@ from imf_kernels import checks
 from imf_kernels.objectives import draws, total_derivative
 from imf_kernels.objectives.batch import Batch
 from imf_kernels.objectives.intervals import Intervals, LogitNormal
+from imf_kernels.objectives.state import Stateful
 from imf_kernels.objectives.students import Prepared, regress
 from imf_kernels.teacher import Teacher
 
 
-class MeanFlow:
+class MeanFlow(Stateful):
     """`loss, info = objective(student, batch)`, in any training loop; see `IntMeanFlow`.
 
     Beside the evaluation with gradient a call costs, without gradient: with "jvp" one evaluation of

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from imf_kernels import checks
 from imf_kernels.objectives import draws
 from imf_kernels.objectives.batch import Batch
+from imf_kernels.objectives.state import Stateful, flat, nested
 
 
 class Target(NamedTuple):
@@ -41,6 +43,20 @@ class TeacherRollout(NamedTuple):
     states: Tensor
     displacements: Tensor
     velocity: Tensor | None
+
+    def to(self, device: torch.device) -> TeacherRollout:
+        if self.states.device == device:
+            return self
+        held = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in flat(self).items()}
+        return TeacherRollout.restored(nested(held))
+
+    @staticmethod
+    def restored(held: Mapping[str, Any]) -> TeacherRollout:
+        """Of what `state.nested` makes of a flat one; all but its sequences is as it was."""
+        batch: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in held["batch"].items()
+        }
+        return TeacherRollout(**{"velocity": None, **held, "batch": Batch(**batch)})
 
     def whole(self) -> Target:
         """The target over the whole rollout."""
@@ -81,11 +97,12 @@ def draw_pairs(
     return pairs[0, pick].masked_fill(whole, 0), pairs[1, pick].masked_fill(whole, nfe)
 
 
-class RolloutCache:
+class RolloutCache(Stateful):
     """Keeps up to `capacity` rollouts and deals them again: the teacher is paid once for many uses.
 
     Once full, a share `refresh` of the calls replaces the oldest rollout by a new one. Rollouts are
-    held where the teacher left them, `2 (n + 1) B N C` float32 each beside their batch.
+    held where the teacher left them, `2 (n + 1) B N C` float32 each beside their batch. All of them
+    are part of its state.
     """
 
     def __init__(
@@ -116,6 +133,25 @@ class RolloutCache:
             self._rollouts[self._oldest] = rollout
             self._oldest = (self._oldest + 1) % self.capacity
 
-    def deal(self) -> TeacherRollout:
-        """One of the rollouts, uniformly."""
-        return self._rollouts[int(torch.randint(len(self), (), generator=self.generator))]
+    def deal(self, device: torch.device | None = None) -> TeacherRollout:
+        """One of the rollouts, uniformly; on a device, where those of a loaded state move to."""
+        index = int(torch.randint(len(self), (), generator=self.generator))
+        if device is not None:
+            self._rollouts[index] = self._rollouts[index].to(device)
+        return self._rollouts[index]
+
+    def remembered(self) -> dict[str, Any]:
+        rollouts = {"rollouts": self._rollouts} if self._rollouts else {}
+        return super().remembered() | {"oldest": self._oldest} | rollouts
+
+    def recall(self, held: Mapping[str, Any]) -> None:
+        held = dict(held)
+        rollouts = [TeacherRollout.restored(rollout) for rollout in held.pop("rollouts", ())]
+        oldest = held.pop("oldest", None)
+        if len(rollouts) > self.capacity or oldest is None:
+            raise ValueError(
+                f"state: expected one of a cache of at most {self.capacity} rollouts, "
+                f"got {len(rollouts)} and the oldest {oldest}"
+            )
+        super().recall(held)
+        self._rollouts, self._oldest = rollouts, oldest

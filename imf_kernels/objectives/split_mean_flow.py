@@ -18,11 +18,12 @@ from imf_kernels import checks
 from imf_kernels.objectives import draws
 from imf_kernels.objectives.batch import Batch
 from imf_kernels.objectives.intervals import Intervals
+from imf_kernels.objectives.state import Stateful
 from imf_kernels.objectives.students import Prepared, regress, scale
 from imf_kernels.teacher import Teacher
 
 
-class SplitMeanFlow:
+class SplitMeanFlow(Stateful):
     """`loss, info = objective(student, batch)`, in any training loop; see `IntMeanFlow`.
 
     A call costs three evaluations of the student, one of them with gradient, and one of the guided
