@@ -268,7 +268,7 @@ TABLE = [
     (
         lambda: objective(source="noise", intervals=Intervals(boundary=0.5)),
         "intervals",
-        "nothing but `full` with source 'noise'",
+        "nothing but `full` and `curriculum` with source 'noise'",
         "boundary=0.5",
     ),
     *(
@@ -287,6 +287,19 @@ TABLE = [
         "full + boundary <= 1",
         "0.75 + 0.5",
     ),
+    *(
+        (lambda v=value: Intervals(curriculum=v), "curriculum", wanted, got)
+        for value, wanted, got in [
+            (0.5, "(first, share)", "0.5"),
+            ((0.5,), "(first, share)", "(0.5,)"),
+            ((0.0, 0.5), "a finite number in [0.001, 1]", "0.0"),
+            ((1.5, 0.5), "a finite number in [0.001, 1]", "1.5"),
+            ((0.5, 0.0), "a share > 0", "0.0"),
+            ((0.5, 2.0), "a finite number in [0, 1]", "2.0"),
+            ((0.5, NAN), "a finite number in [0, 1]", "nan"),
+        ]
+    ),
+    (lambda: Intervals().draw(2, progress=1.5), "progress", "a finite number in [0, 1]", "1.5"),
     (lambda: RolloutCache(0), "capacity", "an integer >= 1", "0"),
     (lambda: RolloutCache(2, refresh=2.0), "refresh", "a share in [0, 1]", "2.0"),
     # -- search

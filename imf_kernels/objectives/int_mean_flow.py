@@ -46,13 +46,18 @@ class IntMeanFlow(Stateful):
             "noise": the rollout covers `[0, 1]` from noise, and its pairs of times are the
             intervals: the student sees the states that sampling will visit.
         targets: Targets of each rollout. The first is the rollout itself with source "data"; all
-            others are random pairs of its times, a share `intervals.full` of them (0, n).
+            others are random pairs of its times, a share `intervals.full` of them (0, n). With
+            source "noise" a curriculum's largest length bounds the share of sub-steps between both.
         region: "span": the loss covers `batch.loss_mask`; "all": all valid frames. The rollout
             always covers all valid frames, as sampling does.
         weighting: Per-row loss weights from `(t, r)`; None weighs all 1.
         cache: Keep rollouts and use them again. The batch of a call is then used only when the
             cache wants a new rollout.
         generator: For all draws; None: torch's default on the batch's device.
+
+    Attributes:
+        progress: How much of training is done, in [0, 1]; whoever trains sets it, for
+            `intervals.curriculum`. It stays 0 otherwise.
     """
 
     def __init__(
@@ -79,14 +84,16 @@ class IntMeanFlow(Stateful):
         checks.choice("source", source, ("data", "noise"))
         checks.choice("region", region, ("span", "all"))
         self.intervals = intervals if intervals is not None else Intervals()
-        if source == "noise" and self.intervals != Intervals(full=self.intervals.full):
+        of_pairs = Intervals(full=self.intervals.full, curriculum=self.intervals.curriculum)
+        if source == "noise" and self.intervals != of_pairs:
             raise ValueError(
-                "intervals: expected nothing but `full` with source 'noise', whose intervals are "
-                f"the rollout's own, got {self.intervals}"
+                "intervals: expected nothing but `full` and `curriculum` with source 'noise', "
+                f"whose intervals are the rollout's own, got {self.intervals}"
             )
         self.teacher, self.nfe, self.spacing = teacher, nfe, spacing
         self.source, self.targets, self.region = source, targets, region
         self.weighting, self.cache, self.generator = weighting, cache, generator
+        self.progress = 0.0
 
     def __call__(self, student: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached values to log."""
@@ -114,7 +121,8 @@ class IntMeanFlow(Stateful):
         cond = self.teacher.prepare(lengths=batch.lengths, **batch.conditions)
         z = draws.normal_like(x1, self.generator)
         if self.source == "data":
-            t, r = (time.to(x1.dtype) for time in self.intervals.draw(rows, self.generator, device))
+            drawn = self.intervals.draw(rows, self.generator, device, progress=self.progress)
+            t, r = (time.to(x1.dtype) for time in drawn)
             z = torch.lerp(z, x1, t[:, None, None])
         else:
             t, r = x1.new_zeros(rows), x1.new_ones(rows)
@@ -155,10 +163,13 @@ class IntMeanFlow(Stateful):
         return loss, info
 
     def _targets(self, rollout: TeacherRollout) -> list[Target]:
-        whole = [rollout.whole()] if self.source == "data" else []
-        rows, device = rollout.times.shape[1], rollout.times.device
+        whole, span = [rollout.whole()], self.nfe
+        if self.source == "noise":
+            largest = self.intervals.largest(self.progress)
+            whole, span = [], max(int(largest * self.nfe + 1e-6), 1)
+        drawn = self.nfe, rollout.times.shape[1], self.intervals.full, self.generator
         return whole + [
-            rollout.pair(*draw_pairs(self.nfe, rows, self.intervals.full, self.generator, device))
+            rollout.pair(*draw_pairs(*drawn, rollout.times.device, span))
             for _ in range(self.targets - len(whole))
         ]
 

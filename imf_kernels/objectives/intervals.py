@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imf_kernels import checks
 from imf_kernels.objectives import draws
 
 
@@ -20,8 +21,11 @@ class Intervals:
     Attributes:
         a, b: Shape of the length's distribution, `P(length <= d) = 1 - (1 - d^a)^b`.
         min_length: Lengths are at least this (their targets divide by it).
-        full: Share of rows that take `[0, 1]`.
+        full: Share of rows of the largest length, which is 1, `[0, 1]`, but for a curriculum.
         boundary: Share of rows with r = t, t uniform, whose target is the guided velocity itself.
+        curriculum: `(first, share)`, for broader intervals to be learned more gradually: the
+            largest length grows from `first` to 1 over this share of training, and lengths follow
+            the distribution above, given that they are no larger. None: it is 1 from the start.
     """
 
     a: float = 1.0
@@ -29,6 +33,7 @@ class Intervals:
     min_length: float = 1e-3
     full: float = 0.0
     boundary: float = 0.0
+    curriculum: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("a", "b"):
@@ -43,21 +48,47 @@ class Intervals:
             raise ValueError(
                 f"full: expected full + boundary <= 1, got {self.full} + {self.boundary}"
             )
+        if self.curriculum is not None:
+            self._check(self.curriculum)
+
+    def _check(self, curriculum: object) -> None:
+        if not isinstance(curriculum, tuple | list) or len(curriculum) != 2:
+            raise ValueError(f"curriculum: expected (first, share), got {curriculum!r}")
+        first, share = curriculum
+        checks.number("curriculum", first, self.min_length, 1)
+        checks.number("curriculum", share, 0, 1)
+        if not share > 0:
+            raise ValueError(f"curriculum: expected a share > 0, got {share}")
+        object.__setattr__(self, "curriculum", (first, share))  # YAML has lists
+
+    def largest(self, progress: float) -> float:
+        """The largest length at this share of training, in [0, 1]."""
+        checks.number("progress", progress, 0, 1)
+        if self.curriculum is None:
+            return 1.0
+        first, share = self.curriculum
+        return first + (1 - first) * min(progress / share, 1.0)
 
     def draw(
         self,
         rows: int,
         generator: torch.Generator | None = None,
         device: torch.device | None = None,
+        *,
+        progress: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """`t, r`, float32 `(rows,)`, 0 <= t <= r <= 1, on `device` (default: the generator's)."""
+        """`t, r`, float32 `(rows,)`, 0 <= t <= r <= 1, on `device` (default: the generator's).
+
+        Args:
+            progress: How much of training is done, in [0, 1]: where a curriculum stands.
+        """
+        largest = self.largest(progress)
+        shorter = 1 - (1 - largest**self.a) ** self.b  # P(length <= largest)
         u, start, kind = draws.uniform((3, rows), generator, device)
-        length = (1 - (1 - u) ** (1 / self.b)) ** (1 / self.a)
-        length = length.clamp(self.min_length, 1.0)
+        length = (1 - (1 - shorter * u) ** (1 / self.b)) ** (1 / self.a)
+        length = length.clamp(self.min_length, largest).masked_fill(kind < self.full, largest)
         t = start * (1 - length)
         r = (t + length).clamp(max=1.0)
-        full = kind < self.full
-        t, r = t.masked_fill(full, 0.0), r.masked_fill(full, 1.0)
         boundary = kind >= 1 - self.boundary
         t, r = torch.where(boundary, start, t), torch.where(boundary, start, r)
         return t, r
@@ -87,8 +118,10 @@ class LogitNormal:
         rows: int,
         generator: torch.Generator | None = None,
         device: torch.device | None = None,
+        *,
+        progress: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """As `Intervals.draw`."""
+        """As `Intervals.draw`, the same at any `progress`."""
         kind = draws.uniform((rows,), generator, device)
         times = self.mean + self.std * draws.normal_like(kind.new_empty(2, rows), generator)
         t, r = times.sigmoid().sort(dim=0).values

@@ -32,7 +32,8 @@ class MeanFlow(Stateful):
 
     Args:
         teacher: v is its guided velocity; None: the data's own, `z_1 - z_0`, from scratch.
-        intervals: How `[t, r]` is drawn.
+        intervals: How `[t, r]` is drawn; a curriculum follows the attribute `progress`, see
+            `IntMeanFlow`.
         derivative: "jvp" or "difference" (`total_derivative`). The first call with "jvp" checks it
             against a difference: an op without forward-mode derivative may drop tangents silently.
         step: Of the difference, in t.
@@ -71,13 +72,15 @@ class MeanFlow(Stateful):
         self.intervals = intervals if intervals is not None else LogitNormal()
         self.one_sided, self.adaptive = one_sided, adaptive
         self.region, self.generator = region, generator
+        self.progress = 0.0
         self._verified = False
 
     def __call__(self, student: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached values to log."""
         x1 = batch.x1.detach()
         rows, device = x1.shape[0], x1.device
-        t, r = (time.to(x1.dtype) for time in self.intervals.draw(rows, self.generator, device))
+        drawn = self.intervals.draw(rows, self.generator, device, progress=self.progress)
+        t, r = (time.to(x1.dtype) for time in drawn)
         noise = draws.normal_like(x1, self.generator)
         z, v = torch.lerp(noise, x1, t[:, None, None]), x1 - noise
         if self.teacher is not None:

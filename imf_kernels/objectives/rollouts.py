@@ -87,14 +87,22 @@ class TeacherRollout(NamedTuple):
 
 
 def draw_pairs(
-    nfe: int, rows: int, full: float, generator: torch.Generator | None, device: torch.device
+    nfe: int,
+    rows: int,
+    full: float,
+    generator: torch.Generator | None,
+    device: torch.device,
+    span: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Uniform pairs i < j of n + 1 times, `(rows,)` each; a share `full` takes (0, n)."""
-    pairs = torch.triu_indices(nfe + 1, nfe + 1, offset=1, device=device)
+    """Uniform pairs i < j of n + 1 times, `(rows,)` each, no more than `span` apart (None: n), and
+    a share `full` of them just as many."""
+    span = nfe if span is None else span
+    i, j = torch.triu_indices(nfe + 1, nfe + 1, offset=1)
+    pairs = torch.stack([i, j])[:, j - i <= span].to(device, non_blocking=True)
     pick, kind = draws.uniform((2, rows), generator, device)
-    pick = (pick * pairs.shape[1]).long()
-    whole = kind < full
-    return pairs[0, pick].masked_fill(whole, 0), pairs[1, pick].masked_fill(whole, nfe)
+    first, last = pairs[:, (pick * pairs.shape[1]).long()]
+    widest, start = kind < full, (pick * (nfe + 1 - span)).long()
+    return torch.where(widest, start, first), torch.where(widest, start + span, last)
 
 
 class RolloutCache(Stateful):

@@ -33,7 +33,7 @@ class SplitMeanFlow(Stateful):
     Args:
         teacher: The guided teacher.
         intervals: How `[t, r]` is drawn; its `boundary` is the share of rows with r = t, half or
-            more in the paper.
+            more in the paper. A curriculum follows the attribute `progress`, see `IntMeanFlow`.
         region: "span": the loss covers `batch.loss_mask`; "all": all valid frames.
         generator: For all draws; None: torch's default on the batch's device.
     """
@@ -54,12 +54,14 @@ class SplitMeanFlow(Stateful):
                 f"to 0, got {self.intervals}"
             )
         self.teacher, self.region, self.generator = teacher, region, generator
+        self.progress = 0.0
 
     def __call__(self, student: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached values to log."""
         x1 = batch.x1.detach()
         rows, device = x1.shape[0], x1.device
-        t, r = (time.to(x1.dtype) for time in self.intervals.draw(rows, self.generator, device))
+        drawn = self.intervals.draw(rows, self.generator, device, progress=self.progress)
+        t, r = (time.to(x1.dtype) for time in drawn)
         share = draws.uniform((rows,), self.generator, device).to(x1.dtype)
         z = torch.lerp(draws.normal_like(x1, self.generator), x1, t[:, None, None])
         cond = self.teacher.prepare(lengths=batch.lengths, **batch.conditions)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from imf_kernels import Batch, IntMeanFlow, Teacher
+from imf_kernels import Batch, IntMeanFlow, MeanFlow, SplitMeanFlow, Teacher
 from imf_kernels.objectives import Intervals, RolloutCache, TeacherRollout
 from imf_kernels.objectives.rollouts import draw_pairs
 from tests.flows import FLOWS, GUIDED, Gaussian, Linear, MeanVelocity, relative_error
@@ -396,6 +396,72 @@ def test_shares_of_intervals():
     t, r = Intervals(boundary=1.0).draw(50)
     assert (t == r).all()
     assert t.unique().numel() == 50
+
+
+# -- broader intervals later ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("a", "b"), [(1.0, 2.0), (0.5, 1.0), (2.0, 3.0)])
+@pytest.mark.parametrize(("progress", "largest"), [(0.0, 0.2), (0.25, 0.6), (0.5, 1.0), (1.0, 1.0)])
+def test_curriculum_bounds_the_lengths_and_keeps_their_distribution(a, b, progress, largest):
+    intervals = Intervals(a=a, b=b, curriculum=(0.2, 0.5))
+    t, r = intervals.draw(50_000, seeded(), progress=progress)
+    length = r - t
+    assert 0.98 * largest < length.max() <= largest + 1e-6
+    d = largest * torch.tensor([0.1, 0.3, 0.5, 0.8])
+    want = (1 - (1 - d**a) ** b) / (1 - (1 - largest**a) ** b)
+    torch.testing.assert_close((length[:, None] <= d).float().mean(0), want, rtol=0, atol=0.01)
+    start = (t / (1 - length))[length < 0.95]
+    assert float(start.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(start.std()) == pytest.approx(12**-0.5, abs=0.01)
+    if largest == 1:
+        plain = Intervals(a=a, b=b).draw(50_000, seeded())
+        assert torch.equal(t, plain[0])
+        assert torch.equal(r, plain[1])
+
+
+def test_full_intervals_are_the_largest_of_the_curriculum():
+    intervals = Intervals(full=0.3, boundary=0.2, curriculum=[0.25, 1.0])
+    t, r = intervals.draw(20_000, seeded(), progress=1 / 3)
+    largest = (r - t - 0.5).abs() < 1e-6
+    assert largest.float().mean() == pytest.approx(0.3, abs=0.01)
+    assert float(t[largest].mean()) == pytest.approx(0.25, abs=0.01)
+    assert (t == r).float().mean() == pytest.approx(0.2, abs=0.01)
+
+
+def test_curriculum_bounds_the_pairs_of_a_rollout():
+    for span in (1, 2, 4):
+        i, j = draw_pairs(4, 20_000, 0.0, seeded(), torch.device("cpu"), span)
+        counts = torch.bincount(5 * i + j, minlength=25).view(5, 5)
+        allowed = torch.ones(5, 5).triu(1).tril(span).bool()
+        assert not counts[~allowed].any()
+        share = counts[allowed] / 20_000
+        assert (share - 1 / allowed.sum()).abs().max() < 0.015
+        i, j = draw_pairs(4, 20_000, 1.0, seeded(), torch.device("cpu"), span)
+        assert torch.equal(j - i, torch.full_like(i, span))
+        share = torch.bincount(i) / 20_000
+        torch.testing.assert_close(share, torch.ones_like(share) / (5 - span), rtol=0, atol=0.015)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (IntMeanFlow, {"nfe": 8}),
+        (IntMeanFlow, {"nfe": 8, "source": "noise"}),
+        (SplitMeanFlow, {}),
+        (MeanFlow, {"derivative": "difference"}),
+    ],
+)
+def test_progress_of_an_objective(kind, options):
+    boundary = 0.0 if kind is IntMeanFlow else 0.2
+    intervals = Intervals(curriculum=(0.25, 0.5), boundary=boundary)
+    teacher = Teacher(FLOWS["gaussian"])
+    objective = kind(teacher, intervals=intervals, generator=seeded(), **options)
+    for progress, largest in [(None, 0.25), (0.25, 0.625), (1.0, 1.0)]:
+        if progress is not None:
+            objective.progress = progress
+        _, info = objective(Scale(torch.float64), batch(rows=400))
+        assert 0.85 * largest < info["interval"].max() < largest + 1e-6
 
 
 # -- who is touched -------------------------------------------------------------------------------
