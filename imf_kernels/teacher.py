@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +51,17 @@ class Teacher:
 
     def __init__(self, model: VelocityModel, guidance: Tensor | float | None = None) -> None:
         self.model: Any = model.eval() if isinstance(model, nn.Module) else model
-        plain = not isinstance(guidance, Tensor) and guidance in (None, 1)
-        self.guidance = None if plain else guidance
+        self.guidance = _effective(guidance)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         """Copies of what holds a teacher (EMA) share it."""
         return self
+
+    def with_guidance(self, guidance: Tensor | float | None) -> Self:
+        """The same teacher with another w."""
+        other = copy.copy(self)
+        other.guidance = _effective(guidance)
+        return other
 
     @torch.no_grad()
     def prepare(self, **conditions: Any) -> Any:
@@ -129,6 +135,12 @@ class Teacher:
         fractions = _fractions(spacing, nfe, rows).to(z.device, t.dtype, non_blocking=z.is_cuda)
         elapsed = (r - t) * fractions
         return Steps(torch.minimum(t + elapsed, r), elapsed, (r - t) * fractions.diff(dim=0))
+
+
+def _effective(guidance: Tensor | float | None) -> Tensor | float | None:
+    """None where the unconditional branch does not count."""
+    plain = not isinstance(guidance, Tensor) and guidance in (None, 1)
+    return None if plain else guidance
 
 
 def _fractions(spacing: str | Tensor | Sequence[float], nfe: int, rows: int) -> Tensor:

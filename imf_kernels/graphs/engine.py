@@ -202,7 +202,7 @@ class Engine:
             return Fallback("conditioning", f"of {given} instead of {sorted(self.names)}")
         return None
 
-    def check(self, given: Mapping[str, Any], cond: Any = None) -> None:
+    def check(self, given: Iterable[tuple[str, Any]], cond: Any = None) -> None:
         """Refuse what must never be answered: closed, moved weights, other devices, and where
         gradients are on, arguments that ask for them.
 
@@ -218,7 +218,7 @@ class Engine:
                 "was replaced: graphs and step tables know the old one. Call refresh()."
             )
         prepared = cond if isinstance(cond, Mapping) else {}
-        for name, value in [*given.items(), *prepared.items()]:
+        for name, value in [*given, *prepared.items()]:
             rows = value if isinstance(value, list | tuple) else [value]
             for tensor in (row for row in rows if isinstance(row, Tensor)):
                 checks.same_device(name, tensor, self.device)

@@ -85,6 +85,8 @@ def check_conditions(
             _check_lengths(value, lengths)
             continue
         spec = specs[name]
+        if _numbers(value, spec, len(lengths)):
+            continue
         sizes = [max(lengths) if dim == "frames" else _free(dim) for dim in spec.dims[1:]]
         if isinstance(value, Tensor):
             checks.shape(name, value, len(lengths), *sizes)
@@ -97,6 +99,16 @@ def check_conditions(
         for row in [value] if isinstance(value, Tensor) else value:
             if spec.dtype is not None and row.is_floating_point() != spec.dtype.is_floating_point:
                 raise TypeError(f"{name}: expected {spec.dtype}, got {row.dtype}")
+
+
+def _numbers(value: Any, spec: TensorSpec, rows: int) -> bool:
+    """Whether a condition is a finite number for all rows, or one for each."""
+    if isinstance(value, Tensor) or spec.dims != ("rows",):
+        return False
+    each = value if isinstance(value, list | tuple) else [value] * rows
+    return len(each) == rows and all(
+        isinstance(number, int | float) and math.isfinite(number) for number in each
+    )
 
 
 def _check_frames(name: str, row: Tensor, spec: TensorSpec, frames: int) -> None:
@@ -173,12 +185,12 @@ def with_lengths(conditions: Mapping[str, Any], lengths: list[int]) -> Mapping[s
 
 def batch(
     rows: Any, frames: int, spec: TensorSpec | None = None, device: torch.device | None = None
-) -> Tensor:
-    """Rows of their own sizes as one padded batch; a batch as it is."""
-    if isinstance(rows, Tensor):
+) -> Any:
+    """Rows of their own sizes as one padded batch; a batch, or a number for all, as it is."""
+    if isinstance(rows, Tensor | int | float):
         return rows
-    if isinstance(rows[0], int):
-        return torch.tensor(rows, device=device)
+    if isinstance(rows[0], int | float):
+        return torch.tensor(rows, dtype=None if spec is None else spec.dtype, device=device)
     if spec is None:
         spec = TensorSpec(("rows", "frames", rows[0].shape[-1]), torch.float32)
     padded = torch.empty(spec.shape(len(rows), frames), dtype=spec.dtype, device=rows[0].device)

@@ -217,14 +217,14 @@ class GraphSampler:
         """Check a request; returns the frames of its rows' noise."""
         self._check_versions()
         lengths = requests.check_noise(noise, self.model.channels)
-        given: dict[str, Any] = {"noise": noise, "guidance": guidance}
+        given = [("noise", noise), ("guidance", guidance)]
         if cond is not None:
             if not isinstance(noise, Tensor):
                 raise ValueError("noise: expected a tensor with `cond` (rows go with `conditions`)")
             requests.check_cond(cond, self.model.specs, lengths, self._engine.guided)
         if conditions is not None:
             requests.check_conditions(conditions, getattr(self.model, "inputs", None), lengths)
-            given.update(conditions)
+            given += conditions.items()  # a student's own guidance among them
         if guidance is not None:
             if self.guidance is None:
                 raise ValueError("guidance: expected None for a sampler without, got one")

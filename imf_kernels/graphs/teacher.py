@@ -49,6 +49,18 @@ class GraphTeacher(Teacher):
         options = prepare or {}
         self._engine = Engine(self.model, buckets, slots, guided, options, prepares=False)
 
+    def with_guidance(self, guidance: Tensor | float | None) -> GraphTeacher:
+        """As `Teacher.with_guidance`, on the same graphs.
+
+        Raises:
+            ValueError: guidance for one that was made without, or the reverse.
+        """
+        other = super().with_guidance(guidance)
+        if (other.guidance is not None) != self._engine.guided:
+            wanted = "w" if self._engine.guided else "None or 1"
+            raise ValueError(f"guidance: expected {wanted}, as at construction, got {guidance}")
+        return other
+
     @torch.no_grad()
     def integrate(
         self,
@@ -64,7 +76,7 @@ class GraphTeacher(Teacher):
         """As `Teacher.integrate`."""
         steps = self._steps(z, t, r, nfe, spacing)
         engine = self._engine
-        engine.check({"z": z}, cond)
+        engine.check([("z", z)], cond)
         lengths = [z.shape[1]] * z.shape[0]
         requests.check_cond(cond, self.model.specs, lengths, engine.guided)
         if not engine.stations:

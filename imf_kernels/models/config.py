@@ -57,6 +57,8 @@ class DiTConfig:
     """Whether `r` enters, through `time_embed_mixer` (a mean-velocity student)."""
     mixer_diagonal: float = 1.0
     """D of the mixer's initial `[D 0]`, times the identity."""
+    guidance: bool = False
+    """Whether `prepare` is told the guidance w (a student that has learnt it for a range)."""
     baked: bool = False
     """Without time embedding, mixer and adaLN weights: evaluated from step tables only."""
     fp8: tuple[str, ...] = ()
@@ -133,6 +135,7 @@ class DiTConfig:
             qk_norm="transformer_blocks.0.attn.q_norm.weight" in shapes,
             long_skip="long_skip_connection.weight" in shapes,
             mixer=state_dicts.MIXER in shapes if mixer is None else mixer,
+            guidance=state_dicts.told_guidance(shapes),
         )
 
     @staticmethod
@@ -171,6 +174,8 @@ class CausalUNetConfig:
     """Whether `r` enters, through `time_embed_mixer` (a mean-velocity student)."""
     mixer_diagonal: float = 1.0
     """D of the mixer's initial `[D 0]`, times the identity."""
+    guidance: bool = False
+    """Whether `prepare` is told the guidance w (a student that has learnt it for a range)."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "mid_blocks", "depth", "heads", "head_dim", "ff_mult", "time_dim"):
@@ -199,6 +204,7 @@ class CausalUNetConfig:
             time_dim=time_dim,
             channels=channels,
             mixer=state_dicts.MIXER in shapes if mixer is None else mixer,
+            guidance=state_dicts.told_guidance(shapes),
         )
 
     @property

@@ -25,7 +25,7 @@ from imf_kernels.models.estimator import Estimator, checked_lengths, packed_rows
 from imf_kernels.models.linears import FusedLinears
 from imf_kernels.models.scope import CacheSizes, Extension, Scope, Whole
 from imf_kernels.models.step_tables import Modulation, StepTables, linear_float32
-from imf_kernels.models.time_embedding import TimeEmbedMixer, TimeMLP
+from imf_kernels.models.time_embedding import GuidanceEmbedding, TimeEmbedMixer, TimeMLP
 from imf_kernels.rows import Rows
 
 
@@ -45,6 +45,9 @@ class CausalUNet(Estimator):
         self.time_mlp = TimeMLP(inputs, config.time_dim)
         self.time_embed_mixer = (
             TimeEmbedMixer(config.time_dim, config.mixer_diagonal) if config.mixer else None
+        )
+        self.guidance_embed = (
+            GuidanceEmbedding(config.time_dim, 2 * dim) if config.guidance else None
         )
         self.down_blocks = nn.ModuleList([Stage(inputs, config, outer=True)])
         self.mid_blocks = nn.ModuleList(Stage(dim, config) for _ in range(config.mid_blocks))
@@ -87,12 +90,15 @@ class CausalUNet(Estimator):
     def inputs(self) -> Mapping[str, TensorSpec]:
         """The tensors that `prepare` takes."""
         mel = TensorSpec(("rows", "frames", self.config.channels), torch.float32)
-        return {
+        specs = {
             "prompt": replace(mel, short=True),
             "lengths": TensorSpec(("rows",), torch.int64, pad=1),
             "mu": mel,
             "spks": TensorSpec(("rows", self.config.channels), torch.float32),
         }
+        if self.config.guidance:
+            specs["guidance"] = TensorSpec(("rows",), torch.float32, pad=1.0)
+        return specs
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -117,6 +123,7 @@ class CausalUNet(Estimator):
         guided: bool = False,
         streaming: bool = False,
         packed: bool | int = False,
+        guidance: Tensor | float | None = None,
     ) -> Conditioning:
         """Everything that does not depend on `x, t, r`, once per batch.
 
@@ -132,6 +139,8 @@ class CausalUNet(Estimator):
             packed: Evaluate the rows behind one another instead of each padded to N: over this many
                 frames (per branch), no fewer than the lengths' sum; True: just as many, which reads
                 the lengths, if need be from the device.
+            guidance: w of a student that is told it, a number or floating `(B,)`; both branches are
+                told the same.
 
         Raises:
             ValueError, TypeError: naming the argument, the expected and the given value.
@@ -153,7 +162,7 @@ class CausalUNet(Estimator):
         if guided:
             biases = torch.cat([conv.bias for conv in (resnet.block1.conv, resnet.res_conv)])
             branches.append(biases.to(branches[0]).expand_as(branches[0]))
-        conditions = torch.cat(branches)
+        conditions = self.with_guidance(torch.stack(branches), guidance, own).flatten(0, 1)
 
         tensors = {
             "lengths": lengths.repeat(len(branches)),

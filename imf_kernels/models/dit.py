@@ -33,7 +33,7 @@ from imf_kernels.models.positions import (
 from imf_kernels.models.scope import CacheSizes, Extension, Scope, Whole
 from imf_kernels.models.step_tables import Modulation, StepTables, linear_float32
 from imf_kernels.models.text_tower import TextTower
-from imf_kernels.models.time_embedding import TimeEmbedding, TimeEmbedMixer
+from imf_kernels.models.time_embedding import GuidanceEmbedding, TimeEmbedding, TimeEmbedMixer
 from imf_kernels.ops import (
     gated_residual_norm,
     gated_residual_norm_fp8,
@@ -198,6 +198,7 @@ class DiT(Estimator):
             if config.mixer and not config.baked
             else None
         )
+        self.guidance_embed = GuidanceEmbedding(config.dim, config.dim) if config.guidance else None
         self.text_embed = TextTower(config.text) if config.text is not None else None
         self.input_embed = InputEmbedding(config)
         self.rotary_embed = RotaryEmbedding(config.head_dim)
@@ -250,7 +251,7 @@ class DiT(Estimator):
         config = DiTConfig.from_shapes(shapes, variant, heads=heads, mixer=mixer)
         return state_dicts.load(lambda: cls(config), config.blocks, own)
 
-    def student(self, diagonal: float = 1.0) -> DiT:
+    def student(self, diagonal: float = 1.0, *, guidance: bool = False) -> DiT:
         """See `Estimator`.
 
         Raises:
@@ -258,7 +259,7 @@ class DiT(Estimator):
         """
         if self.config.fp8:
             raise ValueError("student: expected a model to train, got one in FP8")
-        return super().student(diagonal)
+        return super().student(diagonal, guidance=guidance)
 
     def baked(self) -> DiT:
         """A copy without time embedding, mixer and adaLN weights, to be evaluated from `tables`."""
@@ -306,6 +307,8 @@ class DiT(Estimator):
         mel = TensorSpec(("rows", "frames", self.config.channels), torch.float32)
         prompt = replace(mel, short=True)
         specs = {"prompt": prompt, "lengths": TensorSpec(("rows",), torch.int64, pad=1)}
+        if self.config.guidance:
+            specs["guidance"] = TensorSpec(("rows",), torch.float32, pad=1.0)
         if self.text_embed is not None:
             return specs | {"text": TensorSpec(("rows", "tokens"), torch.int64, pad=-1)}
         return specs | {"mu": mel, "spks": TensorSpec(("rows", mel.dims[2]), torch.float32)}
@@ -335,6 +338,7 @@ class DiT(Estimator):
         guided: bool = False,
         streaming: bool = False,
         packed: bool | int = False,
+        guidance: Tensor | float | None = None,
         upstream_padding: bool = False,
     ) -> Conditioning:
         """Everything that does not depend on `x, t, r`, once per batch.
@@ -350,6 +354,8 @@ class DiT(Estimator):
             packed: Evaluate the rows behind one another instead of each padded to N: over this many
                 frames (per branch), no fewer than the lengths' sum; True: just as many, which reads
                 the lengths, if need be from the device.
+            guidance: w of a student that is told it, a number or floating `(B,)`; both branches are
+                told the same.
             upstream_padding: F5-TTS's own padded behaviour: all N frames are computed and move, are
                 attended to and enter the text tower's norms. For comparisons: a batch then differs
                 from its rows.
@@ -367,6 +373,7 @@ class DiT(Estimator):
         own = lengths
         if upstream_padding:
             lengths = torch.full_like(own, frames)
+        where = Rows.padded(lengths, frames) if layout is None else layout
 
         def flat(x: Tensor) -> Tensor:
             """Features `(B, N, ...)` as frames `(T, ...)`, 0 beyond each row's length."""
@@ -387,9 +394,8 @@ class DiT(Estimator):
                     raise ValueError(
                         f"text: expected ids in [-1, {vocab - 1}], got {least} to {most}"
                     )
-            tower_rows = Rows.padded(lengths, frames) if layout is None else layout
             padding = ~masks.inside(own, frames).flatten() if upstream_padding else None
-            said, heard = self.text_embed(text, tower_rows, guided, padding), flat(prompt)
+            said, heard = self.text_embed(text, where, guided, padding), flat(prompt)
             heard = torch.stack([heard, torch.zeros_like(heard)]) if guided else heard[None]
             conditions = self.input_embed.conditions(torch.cat([heard, said.to(heard)], dim=-1))
         else:
@@ -406,7 +412,7 @@ class DiT(Estimator):
                 bias = self.input_embed.proj.bias
                 conditions = torch.cat([conditions, bias.to(conditions).expand_as(conditions)])
 
-        conditions = conditions.flatten(0, 1)
+        conditions = self.with_guidance(conditions, guidance, where).flatten(0, 1)
         if layout is None:
             conditions = conditions.view(-1, frames, self.config.dim)
         tensors = {

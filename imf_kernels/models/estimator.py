@@ -6,6 +6,7 @@ frames; here a batch becomes frames, padded or packed, and frames become a batch
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -17,6 +18,7 @@ from imf_kernels.models.conditioning import Conditioning
 from imf_kernels.models.linears import FusedLinears
 from imf_kernels.models.scope import CacheSizes, Extension
 from imf_kernels.models.step_tables import Modulation, StepTables
+from imf_kernels.models.time_embedding import GuidanceEmbedding
 from imf_kernels.rows import Rows
 
 
@@ -28,6 +30,8 @@ class Estimator(nn.Module):
 
     checkpoint_activations = False
     """Whether training recomputes the blocks' activations instead of keeping them."""
+
+    guidance_embed: GuidanceEmbedding | None
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -119,17 +123,52 @@ class Estimator(nn.Module):
         own forward alone."""
         return []
 
-    def student(self, diagonal: float = 1.0) -> Self:
+    def student(self, diagonal: float = 1.0, *, guidance: bool = False) -> Self:
         """A copy that also takes `r`, through a mixer `[D 0]`, D = `diagonal` times the identity.
 
         With the identity it equals this model for every r. It is trainable and in training mode,
         whatever this model is.
+
+        Args:
+            guidance: Make a student whose `prepare` is told the guidance w, for `IntMeanFlow` with
+                `guidance` drawn. An embedding of w, 0 until it is trained, is part of what
+                `prepare` makes of every frame; evaluations know nothing of it.
         """
-        student = type(self)(replace(self.config, mixer=True, mixer_diagonal=diagonal))
+        switches: dict[str, Any] = {"mixer": True, "mixer_diagonal": diagonal}
+        if guidance:
+            switches["guidance"] = True
+        student = type(self)(replace(self.config, **switches))
         student.to(device=self.last.weight.device, dtype=self.dtype)
         student.load_state_dict(self.state_dict())
         student.checkpoint_activations = self.checkpoint_activations
         return student
+
+    def check_guidance(self, w: Tensor | float | None, rows: int) -> None:
+        """Raises unless w is what `prepare` of this model takes: None, or a number or `(B,)`."""
+        if not self.config.guidance:
+            if w is not None:
+                raise ValueError(
+                    "guidance: expected None for a model that is not told it "
+                    f"(`model.student(guidance=True)`), got {w}"
+                )
+        elif isinstance(w, Tensor):
+            checks.shape("guidance", w, rows)
+            checks.floating("guidance", w)
+        elif isinstance(w, bool) or not isinstance(w, int | float) or not math.isfinite(w):
+            raise ValueError(
+                f"guidance: expected a finite number or a tensor (B,) for this student, got {w!r}"
+            )
+
+    def with_guidance(self, conditions: Tensor, w: Tensor | float | None, rows: Rows) -> Tensor:
+        """Conditions `(branches, T, D)`, with the embedding of w for a model that is told it."""
+        count = len(rows.lengths)
+        self.check_guidance(w, count)
+        if self.guidance_embed is None or w is None:
+            return conditions
+        if not isinstance(w, Tensor):
+            w = torch.full((count,), w, dtype=torch.float32, device=conditions.device)
+        e = self.guidance_embed(w).to(conditions.dtype)
+        return conditions + e[rows.row_of.clamp(min=0)]
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Conditioning) -> Tensor:
         """The velocity at `(x, t)`, or with a mixer the mean velocity over `[t, r]`.

@@ -17,6 +17,8 @@ from imf_kernels import checks
 
 MIXER = "time_embed_mixer.weight"
 """The one key that may be missing: a teacher's, for which a student fills in the identity."""
+GUIDANCE = "guidance_embed."
+"""What the keys of a student that is told the guidance begin with, besides."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,6 +71,16 @@ def count(names: Iterable[str], prefix: str) -> int:
     return len(
         {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}
     )
+
+
+def ours(name: str) -> bool:
+    """Whether a key is of a student only, unknown to the clients."""
+    return name == MIXER or name.startswith(GUIDANCE)
+
+
+def told_guidance(shapes: Shapes) -> bool:
+    """Whether a state dict is of a student that is told the guidance."""
+    return any(name.startswith(GUIDANCE) for name in shapes)
 
 
 def check(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

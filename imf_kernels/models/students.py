@@ -1,9 +1,10 @@
 """A student as two files: one that the client's own code loads, and beside it what only we know.
 
 The clients load strictly, so the first has the teacher's keys and no other. The second, a small
-safetensors, holds the mixer and says what the student is, both under a hash of the whole student.
-So damage to either file is noticed, and so is half of another pair. While a student is written over
-another, the second file tells of both, so that a crash at any point leaves one that loads.
+safetensors, holds the mixer (and the guidance's embedding, where there is one) and says what the
+student is, both under a hash of the whole student. So damage to either file is noticed, and so is
+half of another pair. While a student is written over another, the second file tells of both, so
+that a crash at any point leaves one that loads.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def save_student(
         weights = _in_place(own, student.root, like)
     else:
         ahead = "ema_model.transformer." if f5 else "decoder.estimator."
-        weights = {ahead + name: value for name, value in own.items() if name != MIXER}
+        weights = {ahead + name: v for name, v in own.items() if not state_dicts.ours(name)}
         if f5:
             weights |= {"initted": torch.tensor(True), "step": torch.tensor(0)}
     said = json.dumps(
@@ -101,7 +102,7 @@ def save_student(
             "torch": torch.__version__,
         }
     )
-    side, new = side_file(path), {state_dicts.fingerprint(said, own): (said, own[MIXER])}
+    side, new = side_file(path), {state_dicts.fingerprint(said, own): (said, _ours(own))}
     try:
         before = _read_side(side)
     except (ValueError, FileNotFoundError):
@@ -120,14 +121,14 @@ def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu
             belong together.
     """
     weights, side = checkpoints.read(path), side_file(path)
-    for digest, (text, mixer) in _read_side(side).items():
+    for digest, (text, extra) in _read_side(side).items():
         with checkpoints.naming(side):
             said = json.loads(text)
             if said["kind"] not in KINDS:
                 raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {said['kind']!r}")
             model_type, config_of = KINDS[said["kind"]]
         with contextlib.suppress(ValueError):  # weights of another kind
-            own = state_dicts.without_prefix(weights, model_type.root) | {MIXER: mixer}
+            own = state_dicts.without_prefix(weights, model_type.root) | extra
             if state_dicts.fingerprint(text, own) == digest:
                 break
     else:
@@ -155,25 +156,41 @@ def side_file(path: str | os.PathLike[str]) -> str:
     return os.path.splitext(os.fspath(path))[0] + SUFFIX
 
 
-def _read_side(side: str) -> dict[str, tuple[str, Tensor]]:
-    """By fingerprint, what is said of a student, and its mixer; of several amid a write."""
-    said, mixers = checkpoints.metadata(side), checkpoints.read(side)
+Said = dict[str, tuple[str, dict[str, Tensor]]]
+"""By fingerprint, what is said of a student, and its weights that the clients do not know."""
+
+
+def _read_side(side: str) -> Said:
+    """Of several students amid a write."""
+    said, weights = checkpoints.metadata(side), checkpoints.read(side)
     with checkpoints.naming(side):
         found = said.pop("format", None)
         if found != FORMAT:
             raise ValueError(f"format: expected {FORMAT!r}, got {found!r}")
-        if not mixers or said.keys() != mixers.keys():
+        extras: dict[str, dict[str, Tensor]] = {}
+        for key, value in weights.items():
+            digest, _, name = key.partition(".")
+            extras.setdefault(digest, {})[name or MIXER] = value
+        if not extras or said.keys() != {k for k, extra in extras.items() if MIXER in extra}:
             raise ValueError(
                 "expected a mixer for every student that it tells of, "
-                f"got {state_dicts.few(mixers)} for {state_dicts.few(said)}"
+                f"got {state_dicts.few(extras)} for {state_dicts.few(said)}"
             )
-    return {digest: (said[digest], mixer) for digest, mixer in mixers.items()}
+    return {digest: (said[digest], extra) for digest, extra in extras.items()}
 
 
-def _write_side(side: str, held: Mapping[str, tuple[str, Tensor]]) -> None:
+def _write_side(side: str, held: Said) -> None:
     said = {digest: text for digest, (text, _) in held.items()}
-    mixers = {digest: mixer for digest, (_, mixer) in held.items()}
-    checkpoints.write(side, mixers, metadata={"format": FORMAT, **said})
+    weights = {
+        digest if name == MIXER else f"{digest}.{name}": value
+        for digest, (_, extra) in held.items()
+        for name, value in extra.items()
+    }
+    checkpoints.write(side, weights, metadata={"format": FORMAT, **said})
+
+
+def _ours(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in own.items() if state_dicts.ours(name)}
 
 
 def _savable(student: Any) -> dict[str, Tensor]:
@@ -204,7 +221,8 @@ def _in_place(
     with checkpoints.naming(like):
         ahead = state_dicts.prefix(weights, root)
         theirs = state_dicts.without_prefix(weights, root)
-        state_dicts.check(own, theirs)
+        expected = {k: v for k, v in own.items() if k in theirs or not state_dicts.ours(k)}
+        state_dicts.check(expected, theirs)
     replaced = {ahead + name: own[name] for name in theirs}
     kept = {name: value.clone() for name, value in weights.items() if name not in replaced}
     return {name: replaced[name] if name in replaced else kept[name] for name in weights}

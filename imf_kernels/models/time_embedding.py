@@ -1,4 +1,7 @@
-"""Time conditioning: the sinusoidal embedding with its MLP, and the `(t, r)` mixer."""
+"""Time conditioning: the sinusoidal embedding with its MLP, and the `(t, r)` mixer.
+
+The guidance w, of a student that is told it, is embedded alike.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,18 @@ from torch.nn import functional as F
 
 FREQUENCIES = 256
 TIME_SCALE = 1000.0
+GUIDANCE_SCALE = 10.0
+"""w is of the order of 1 to 5: the fastest sinusoid turns several times over that range."""
 
 
-def sinusoidal(t: Tensor, width: int = FREQUENCIES) -> Tensor:
-    """`sin | cos (1000 t exp(-ln(1e4) / (h - 1) k))`, k = 0..h - 1 = width / 2 - 1.
+def sinusoidal(t: Tensor, width: int = FREQUENCIES, scale: float = TIME_SCALE) -> Tensor:
+    """`sin | cos (scale t exp(-ln(1e4) / (h - 1) k))`, k = 0..h - 1 = width / 2 - 1.
 
     Float32 `(B,)` -> `(B, width)`.
     """
     half = width // 2
     k = torch.arange(half, device=t.device, dtype=torch.float32)
-    angles = TIME_SCALE * t.float()[:, None] * torch.exp(k * -(math.log(1e4) / (half - 1)))
+    angles = scale * t.float()[:, None] * torch.exp(k * -(math.log(1e4) / (half - 1)))
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
@@ -29,10 +34,10 @@ def _linear_float32(linear: Any, x: Tensor) -> Tensor:
     return F.linear(x, linear.weight.float(), bias)
 
 
-def _embed(t: Tensor, first: Any, last: Any) -> Tensor:
+def _embed(t: Tensor, first: Any, last: Any, scale: float = TIME_SCALE) -> Tensor:
     """`Linear -> SiLU -> Linear` over the sinusoids, in float32 whatever the weights' dtype."""
     with torch.autocast(t.device.type, enabled=False):
-        e = _linear_float32(first, sinusoidal(t, first.in_features))
+        e = _linear_float32(first, sinusoidal(t, first.in_features, scale))
         return _linear_float32(last, F.silu(e))
 
 
@@ -59,6 +64,30 @@ class TimeMLP(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """`(B,)` -> float32 `(B, dim)`."""
         return _embed(t, self.linear_1, self.linear_2)
+
+
+class GuidanceEmbedding(nn.Module):
+    """The same of the guidance w, 0 for every w at initialisation, last layer and all.
+
+    A state dict without any of it (that of a model which is not told w) loads as that.
+    """
+
+    def __init__(self, hidden: int, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, dim))
+        for parameter in self.mlp[2].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, w: Tensor) -> Tensor:
+        """`(B,)` -> float32 `(B, dim)`."""
+        return _embed(w, self.mlp[0], self.mlp[2], GUIDANCE_SCALE)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        if not any(name.startswith(prefix) for name in state_dict):
+            for name, value in self.state_dict().items():
+                last = name.startswith("mlp.2.")
+                state_dict[prefix + name] = torch.zeros_like(value) if last else value
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class TimeEmbedMixer(nn.Linear):

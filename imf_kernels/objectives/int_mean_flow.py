@@ -3,7 +3,7 @@
     D = sum_k dt_k v(z_k, t_k)           n guided Euler sub-steps over [t, r], no gradient (Eq. 4-6)
     loss = |u(z_t, t, r) - D / (r - t)|^2                                                  (Eq. 8)
 
-No JVP and no self-bootstrap; the student runs without guidance.
+No JVP and no self-bootstrap; the student runs without guidance, for one w or told which.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from imf_kernels.objectives.students import Prepared
 from imf_kernels.ops.mean_velocity_loss import mean_velocity_loss
 from imf_kernels.teacher import Teacher
 
+Drawn = Callable[[int, torch.Generator | None, torch.device], Tensor]
+"""`(rows, generator, device)` to a value per row, `(rows,)`."""
+
 
 class IntMeanFlow(Stateful):
     """`loss, info = objective(student, batch)`, in any training loop.
@@ -50,6 +53,10 @@ class IntMeanFlow(Stateful):
             source "noise" a curriculum's largest length bounds the share of sub-steps between both.
         region: "span": the loss covers `batch.loss_mask`; "all": all valid frames. The rollout
             always covers all valid frames, as sampling does.
+        guidance: For a student that is told w (`model.student(guidance=True)`): where each row's
+            comes from, `(least, greatest)` for a uniform draw, a number, or a callable of `(rows,
+            generator, device)` that returns float `(rows,)`. The teacher's own w does not count
+            then. None: it does, and the student is not told.
         weighting: Per-row loss weights from `(t, r)`; None weighs all 1.
         cache: Keep rollouts and use them again. The batch of a call is then used only when the
             cache wants a new rollout.
@@ -70,6 +77,7 @@ class IntMeanFlow(Stateful):
         source: str = "data",
         targets: int = 1,
         region: str = "span",
+        guidance: float | tuple[float, float] | Drawn | None = None,
         weighting: Callable[[Tensor, Tensor], Tensor] | None = None,
         cache: RolloutCache | None = None,
         generator: torch.Generator | None = None,
@@ -93,6 +101,7 @@ class IntMeanFlow(Stateful):
         self.teacher, self.nfe, self.spacing = teacher, nfe, spacing
         self.source, self.targets, self.region = source, targets, region
         self.weighting, self.cache, self.generator = weighting, cache, generator
+        self.guidance = _checked_guidance(guidance)
         self.progress = 0.0
 
     def __call__(self, student: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -118,7 +127,10 @@ class IntMeanFlow(Stateful):
         """The teacher's part: n guided evaluations, no gradient."""
         x1 = batch.x1
         rows, device = x1.shape[0], x1.device
-        cond = self.teacher.prepare(lengths=batch.lengths, **batch.conditions)
+        teacher, w = self.teacher, self._draw_guidance(x1)
+        if w is not None:
+            teacher = teacher.with_guidance(w)
+        cond = teacher.prepare(lengths=batch.lengths, **batch.conditions)
         z = draws.normal_like(x1, self.generator)
         if self.source == "data":
             drawn = self.intervals.draw(rows, self.generator, device, progress=self.progress)
@@ -128,16 +140,17 @@ class IntMeanFlow(Stateful):
             t, r = x1.new_zeros(rows), x1.new_ones(rows)
         spacing = self._jittered(rows, device) if self.spacing == "jitter" else self.spacing
         keep = self.source == "noise" or self.targets > 1
-        run = self.teacher.integrate(z, t, r, self.nfe, cond, spacing=spacing, keep=keep)
-        velocity = self.teacher.velocity(z, t, cond) if self.intervals.boundary > 0 else None
+        run = teacher.integrate(z, t, r, self.nfe, cond, spacing=spacing, keep=keep)
+        velocity = teacher.velocity(z, t, cond) if self.intervals.boundary > 0 else None
         # for one target the ends of the rollout are all that is needed, and held
         states = z[None] if run.states is None else run.states
         displacements = run.displacement[None] if run.displacements is None else run.displacements
-        return TeacherRollout(batch, run.times, run.elapsed, states, displacements, velocity)
+        return TeacherRollout(batch, run.times, run.elapsed, states, displacements, velocity, w)
 
     def loss(self, student: Any, rollout: TeacherRollout) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's part: one evaluation with gradient per target."""
-        student = Prepared(student, rollout.batch)
+        told = {} if rollout.guidance is None else {"guidance": rollout.guidance}
+        student = Prepared(student, rollout.batch, **told)
         mask = rollout.batch.counted(self.region)
         losses, row_errors, lengths = [], [], []
         for target in self._targets(rollout):
@@ -173,9 +186,39 @@ class IntMeanFlow(Stateful):
             for _ in range(self.targets - len(whole))
         ]
 
+    def _draw_guidance(self, x1: Tensor) -> Tensor | None:
+        """w of each row, `(B,)` in the state's dtype."""
+        rows, device = len(x1), x1.device
+        if self.guidance is None:
+            return None
+        if callable(self.guidance):
+            w = self.guidance(rows, self.generator, device)
+            checks.shape("guidance", w, rows)
+            return w.to(x1)
+        least, greatest = self.guidance
+        return torch.lerp(
+            x1.new_full((rows,), least),
+            x1.new_full((rows,), greatest),
+            draws.uniform((rows,), self.generator, device).to(x1.dtype),
+        )
+
     def _jittered(self, rows: int, device: torch.device) -> Tensor:
         """Fractions `(n + 1, rows)`: interior times anywhere in their half sub-steps."""
         shift = draws.uniform((self.nfe + 1, rows), self.generator, device) - 0.5
         shift[0] = shift[-1] = 0.0
         steps = torch.arange(self.nfe + 1, device=device)[:, None]
         return (steps + 0.98 * shift) / self.nfe
+
+
+def _checked_guidance(guidance: Any) -> tuple[float, float] | Drawn | None:
+    """A number as a range of one."""
+    if guidance is None or callable(guidance):
+        return guidance
+    ends = guidance if isinstance(guidance, tuple | list) else (guidance, guidance)
+    if len(ends) != 2:
+        raise ValueError(f"guidance: expected (least, greatest), got {guidance!r}")
+    for end in ends:
+        checks.number("guidance", end)
+    if ends[0] > ends[1]:
+        raise ValueError(f"guidance: expected least <= greatest, got {guidance!r}")
+    return ends[0], ends[1]

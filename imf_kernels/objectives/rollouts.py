@@ -34,7 +34,7 @@ class TeacherRollout(NamedTuple):
     `times` and `elapsed` (the time since the first) `(n + 1, B)`; `states`, `displacements`
     `(n + 1, B, N, C)`, displacements accumulated from the first time, or, where only the whole is
     a target, just the first state and the last displacement; `velocity` the guided velocity at the
-    first time, or None.
+    first time, or None; `guidance` the w `(B,)` that the student is to be told, or None.
     """
 
     batch: Batch
@@ -43,6 +43,7 @@ class TeacherRollout(NamedTuple):
     states: Tensor
     displacements: Tensor
     velocity: Tensor | None
+    guidance: Tensor | None = None
 
     def to(self, device: torch.device) -> TeacherRollout:
         if self.states.device == device:

@@ -96,6 +96,7 @@ class Streams:
         spks: Tensor,
         noise: Tensor | torch.Generator,
         prompt: Tensor | None = None,
+        guidance: float | None = None,
     ) -> Stream:
         """A stream of at most `max_frames` frames, the prompt's included; its memory is taken now.
 
@@ -104,6 +105,7 @@ class Streams:
             noise: Of all frames from the prompt's first, float32 `(max_frames, C)`; or where to
                 draw it from.
             prompt: Prompt mel `(P, C)`: the first P frames continue nothing and are not emitted.
+            guidance: w of a student that is told it; a teacher's is the pool's.
 
         Raises:
             Full: no room for it beside those that are open.
@@ -119,6 +121,9 @@ class Streams:
         if prompt is None:
             prompt = spks.new_zeros(0, channels)
         checks.shape("prompt", prompt, "P", channels)
+        if isinstance(guidance, Tensor):
+            raise TypeError("guidance: expected a number, got a tensor")
+        self.model.check_guidance(guidance, 1)
         given = {"spks": spks, "prompt": prompt}
         if not isinstance(noise, torch.Generator):
             checks.shape("noise", noise, max_frames, channels)
@@ -138,7 +143,7 @@ class Streams:
                 size = max_frames, channels
                 drawn = torch.randn(size, generator=noise, device=noise.device, dtype=torch.float32)
                 noise = drawn.to(self.device)
-            stream = Stream(self, first, slot, max_frames, spks, noise, prompt)
+            stream = Stream(self, first, slot, max_frames, spks, noise, prompt, guidance)
             lines = range(self._lines)
             slots = [line * self.streams + slot for line in lines]
             self._cache.forget(to_device(slots, self.device))
@@ -254,10 +259,11 @@ class Stream:
         spks: Tensor,
         noise: Tensor,
         prompt: Tensor,
+        guidance: float | None,
     ) -> None:
         self._pool, self._first, self._slot = pool, first, slot
         self.max_frames = max_frames
-        self._spks = spks.clone()
+        self._spks, self._guidance = spks.clone(), guidance
         self._noise = noise.clone()
         self._mu = torch.empty_like(noise)
         self._prompt = torch.zeros_like(noise)
@@ -424,6 +430,7 @@ class Stream:
                 self._prompt[None, begin:last],
                 mu=self._mu[None, begin:last],
                 spks=self._spks[None],
+                guidance=self._guidance,
                 guided=self._pool.guidance is not None,
             )
             x, conditions = self._noise[first:last], cond["conditions"][:, first - begin :]

@@ -31,6 +31,7 @@ class BakedEstimator(nn.Module):
         doubled: The host doubles its rows for guidance, which a student does not need: the first
             half is evaluated and answers for both, so that `(1 + c) a - c a = a`. False: all rows
             are evaluated.
+        guidance: w of a student that is told it.
 
     Raises:
         ValueError: not a grid, or one whose times lie so close that those of a host in the
@@ -44,6 +45,7 @@ class BakedEstimator(nn.Module):
         nfe: int | None = None,
         *,
         doubled: bool = True,
+        guidance: float | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(student, Model):
@@ -53,7 +55,8 @@ class BakedEstimator(nn.Module):
         if nfe is None and isinstance(grid, str):
             nfe = 10
         self.grid = grids.make(grid, nfe).cpu()
-        self.doubled = doubled
+        self.doubled, self.guidance = doubled, guidance
+        student.check_guidance(guidance, 1)
         self._tolerances = {student.dtype: tolerance(self.grid, student.dtype)}
         known = self.grid.to(student.last.weight.device)
         self.times: Tensor
@@ -99,7 +102,8 @@ class BakedEstimator(nn.Module):
         distance, step = (start[:, None] - self.times).abs().min(dim=1)
         known = distance <= self._tolerances[t.dtype]
 
-        given = prepare(self.model, mask[:rows], mu[:rows], spks[:rows], cond[:rows], streaming)
+        said = mask[:rows], mu[:rows], spks[:rows], cond[:rows]
+        given = prepare(self.model, *said, streaming, told=self.guidance)
         modulation = Modulation(self.blocks[step, 0].unbind(1), self.final[step, 0])
         u = self.model.evaluate(x[:rows].mT.contiguous(), modulation, given)
         u = u.mT.float().masked_fill(~known[:, None, None], torch.nan)

@@ -31,7 +31,8 @@ class CFM(nn.Module):
         grid: A named grid, or times from 0 to 1 such as O3S finds.
         nfe: Steps of a named grid, whatever number the caller asks for (the flow always asks for
             10); None: the caller's number.
-        inference_cfg_rate: The host's guidance c, w = 1 + c; 0 for none.
+        inference_cfg_rate: The host's guidance c, w = 1 + c; 0 for none. A student that is told its
+            guidance is told this.
         training_cfg_rate: Share of the rows that flow-matching training drops the conditions of.
         sigma_min: Of the host's flow-matching path.
         noise: The table that noise is taken from, `[1, C, L]`; "table": CosyVoice's, of the seed 0;
@@ -127,6 +128,13 @@ class CFM(nn.Module):
             return None
         return guidance.from_cosyvoice(self.inference_cfg_rate)
 
+    @property
+    def _told(self) -> float | None:
+        """What a student is told that is told its guidance."""
+        if not self.model.config.guidance:
+            return None
+        return guidance.from_cosyvoice(self.inference_cfg_rate)
+
     @torch.no_grad()
     def forward(
         self,
@@ -174,10 +182,13 @@ class CFM(nn.Module):
         grid = grids.make(self.grid, nfe)
         graphs = None if streaming else self._replays.of(self.model, grid, w)
         if graphs is None:
-            given = prepare(self.model, mask, mu, spks, cond, streaming, guided=w is not None)
+            guided, told = w is not None, self._told
+            given = prepare(self.model, mask, mu, spks, cond, streaming, guided, told)
             mel = sampler.sample(self.model, x, given, grid, guidance=w)
         else:
             said = {"prompt": cond.mT, "mu": mu.mT, "spks": spks, "lengths": lengths}
+            if self._told is not None:
+                said["guidance"] = self._told
             mel = graphs.sample(x, grid=grid, conditions=said, guidance=w)
         inside = masks.inside(lengths, mel.shape[1])
         mel = mel.masked_fill(~inside[:, :, None], 0.0).mT

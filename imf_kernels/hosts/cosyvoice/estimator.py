@@ -25,12 +25,14 @@ class Estimator(nn.Module):
 
     Attributes:
         model: The model, which shares all its layers with this.
+        guidance: w of a student that is told it, whose host does not tell its estimator.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, guidance: float | None = None) -> None:
         if not isinstance(model, Model):
             raise TypeError(f"model: expected a DiT or a CausalUNet, got {type(model).__name__}")
         super().__init__()
+        self.guidance = guidance
         self._held = (model,)  # no child of ours, or it would stand in every name
         self._modules = model._modules  # the one dictionary: what is replaced here is there too
         self.register_state_dict_post_hook(with_storage_of_its_own)
@@ -82,7 +84,7 @@ class Estimator(nn.Module):
             Float32 `[R, C, T]`, zero beyond each row's frames: `x + dt v` is then a float32 state,
             whatever the host's dtype.
         """
-        given = prepare(self.model, mask, mu, spks, cond, streaming)
+        given = prepare(self.model, mask, mu, spks, cond, streaming, told=self.guidance)
         start = times("t", t, len(x))
         end = start if r is None else times("r", r, len(x))
         v = self.model(x.mT.contiguous(), start, end, given)
@@ -97,15 +99,25 @@ def prepare(
     cond: Any,
     streaming: bool,
     guided: bool = False,
+    told: float | None = None,
 ) -> Conditioning:
-    """`model.prepare` of the host's tensors; errors speak of these."""
+    """`model.prepare` of the host's tensors; errors speak of these.
+
+    `told` is the w of a student that is told it.
+    """
     checks.shape("mu", mu, "R", model.config.channels, "T")
     rows, channels, frames = mu.shape
     checks.shape("mask", mask, rows, 1, frames)
     checks.shape("spks", spks, rows, channels)
     checks.shape("cond", cond, rows, channels, frames)
     return model.prepare(
-        cond.mT, lengths_of(mask), mu=mu.mT, spks=spks, guided=guided, streaming=streaming
+        cond.mT,
+        lengths_of(mask),
+        mu=mu.mT,
+        spks=spks,
+        guided=guided,
+        streaming=streaming,
+        guidance=told,
     )
 
 

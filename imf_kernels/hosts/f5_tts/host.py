@@ -222,7 +222,8 @@ class F5TTS(nn.Module):
                 clamped.
             lens: Frames of each prompt, in [0, N], as `duration`; None: all N.
             steps: Evaluations; with `sway_sampling_coef` and `use_epss` the client's grid.
-            cfg_strength: Guidance, w - 1; below 1e-5 none.
+            cfg_strength: Guidance, w - 1; below 1e-5 none. A student that is told its guidance is
+                told this.
             seed: Where each row's noise starts, one for all rows or one for each: a row gets the
                 same noise in any batch. With a seed the process's random state is neither used nor
                 changed. The numbers are those of `torch.manual_seed` on this kind of device.
@@ -270,6 +271,7 @@ class F5TTS(nn.Module):
             prompt = mel.masked_fill(~kept, 0.0)
             guided = cfg_strength >= UNGUIDED and not self.distilled
             w = guidance.from_f5(cfg_strength) if guided else None
+            told = guidance.from_f5(cfg_strength) if self.transformer.config.guidance else None
             grid = self.grid
             if grid is None:
                 grid = inputs.times(steps, sway_sampling_coef, use_epss)
@@ -277,11 +279,11 @@ class F5TTS(nn.Module):
             if duplicate_test or trajectory or grad or self.upstream_padding:
                 graphs = None
             if graphs is not None:
-                states = _replayed(graphs, x, durations, prompt, ids, grid, w)
+                states = _replayed(graphs, x, durations, prompt, ids, grid, w, told)
             elif duplicate_test:
                 if self.grid is not None:
                     raise ValueError("duplicate_test: expected False for a host with its own grid")
-                prepared = self._prepare(prompt, lengths, durations, ids, guided)
+                prepared = self._prepare(prompt, lengths, durations, ids, guided, told)
                 if self.upstream_padding:
                     behind = F.pad(heard, (0, 0, prompt_frames, frames - 2 * prompt_frames))
                 else:
@@ -293,7 +295,7 @@ class F5TTS(nn.Module):
                 states = sampler.sample(
                     self.transformer,
                     x,
-                    self._prepare(prompt, lengths, durations, ids, guided),
+                    self._prepare(prompt, lengths, durations, ids, guided, told),
                     grid,
                     guidance=w,
                     intermediates=trajectory,
@@ -306,7 +308,13 @@ class F5TTS(nn.Module):
             return out, states
 
     def _prepare(
-        self, prompt: Tensor, lengths: Tensor, durations: Sequence[int], text: Tensor, guided: bool
+        self,
+        prompt: Tensor,
+        lengths: Tensor,
+        durations: Sequence[int],
+        text: Tensor,
+        guided: bool,
+        told: float | None,
     ) -> Conditioning:
         """Rows of different durations lie behind one another, not in padding."""
         ragged = len(set(durations)) > 1 and not self.upstream_padding
@@ -316,6 +324,7 @@ class F5TTS(nn.Module):
             text=text,
             guided=guided,
             packed=sum(durations) if ragged else False,
+            guidance=told,
             upstream_padding=self.upstream_padding,
         )
 
@@ -453,11 +462,12 @@ def _replayed(
     text: Tensor,
     grid: Tensor,
     w: float | None,
+    told: float | None,
 ) -> Tensor:
     """The last state, `(B, N, C)`, of rows as long as their durations."""
     noise = [row[:n] for row, n in zip(x, durations, strict=True)]
     heard = [row[:n] for row, n in zip(prompt, durations, strict=True)]
-    given = {"prompt": heard, "text": text}
+    given = {"prompt": heard, "text": text} | ({} if told is None else {"guidance": told})
     return pad_sequence(
         graphs.sample(noise, grid=grid, conditions=given, guidance=w), batch_first=True
     )
