@@ -16,6 +16,7 @@ from imf_kernels.models.cosyvoice2 import CausalUNet
 from imf_kernels.models.dit import DiT
 from imf_kernels.models.scope import Cache
 from imf_kernels.models.step_tables import Modulation, StepTables
+from imf_kernels.models.step_tokens import StepTokenDiT
 from imf_kernels.models.students import Student, load_student, save_student
 from imf_kernels.models.time_embedding import TimeEmbedding, TimeEmbedMixer
 from imf_kernels.models.token_encoder import EncoderStream, TokenEncoder
@@ -31,6 +32,7 @@ __all__ = [
     "EncoderStream",
     "Modulation",
     "StepTables",
+    "StepTokenDiT",
     "Student",
     "TensorSpec",
     "TextConfig",

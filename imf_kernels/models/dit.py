@@ -444,16 +444,21 @@ class DiT(Estimator):
         rows: Rows,
         cond: Conditioning,
     ) -> Tensor:
-        h = (self.input_embed.state(x) + conditions).flatten(0, 1)
         scope = Whole(rows, cond.get("chunk"))
         if "unpadded" in cond:
             own = Rows.padded(cond["unpadded"], cond["rope"].shape[0])
+            h = (self.input_embed.state(x) + conditions).flatten(0, 1)
             h = h + self.input_embed.conv_pos_embed(h, Whole(own))
             scope = scope._replace(silent=own.row_of < 0)
         else:
-            h = self.input_embed.conv_pos_embed(h, scope, residual=h)
-        h = self._blocks(h, modulation, Rope(cond["rope"], rows), scope)
+            h = self.embed_frames(x, conditions, scope)
+        h = self.run_blocks(h, modulation, Rope(cond["rope"], rows), scope)
         return linears.apply(self.proj_out, h)
+
+    def embed_frames(self, x: Tensor, conditions: Tensor, scope: Scope) -> Tensor:
+        """As `velocity`, to the blocks' input `(branches * T, D)`."""
+        h = (self.input_embed.state(x) + conditions).flatten(0, 1)
+        return self.input_embed.conv_pos_embed(h, scope, residual=h)
 
     def extend(
         self, x: Tensor, conditions: Tensor, modulation: Modulation, extension: Extension
@@ -462,7 +467,7 @@ class DiT(Estimator):
         h = self.input_embed.conv_pos_embed(h, extension, residual=h)[extension.new]
         scope = extension.without_lead()
         rope = Rope.of_frames(self.rotary_embed.at(scope.position))
-        return linears.apply(self.proj_out, self._blocks(h, modulation, rope, scope))
+        return linears.apply(self.proj_out, self.run_blocks(h, modulation, rope, scope))
 
     @property
     def cache_sizes(self) -> CacheSizes:
@@ -475,7 +480,7 @@ class DiT(Estimator):
         chunk = self.config.chunk
         return CacheSizes(layers, heads, head_dim, KERNEL - 1, widths, chunk, behind=0)
 
-    def _blocks(self, h: Tensor, modulation: Modulation, rope: Rope, scope: Scope) -> Tensor:
+    def run_blocks(self, h: Tensor, modulation: Modulation, rope: Rope, scope: Scope) -> Tensor:
         """Embedded frames `(T, D)` to the normalised input of the last projection."""
         rows = scope.rows
         scale, shift = modulation.final.unbind(1)

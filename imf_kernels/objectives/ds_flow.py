@@ -45,7 +45,7 @@ class DSFlow(Stateful):
             then prepared with `guided=True`.
         uncond: Weight of that regression.
         steps: The name under which the student's `prepare` is told K: for a student that knows its
-            step count (by tokens of its own, say) in place of times. None: it is not told.
+            step count in place of times, "steps" for `models.StepTokenDiT`. None: it is not told.
         region: "span": the loss covers `batch.loss_mask`; "all": all valid frames.
         generator: For all draws; None: torch's default on the batch's device.
     """
