@@ -162,7 +162,7 @@ class CausalUNet(Estimator):
         if guided:
             biases = torch.cat([conv.bias for conv in (resnet.block1.conv, resnet.res_conv)])
             branches.append(biases.to(branches[0]).expand_as(branches[0]))
-        conditions = self.with_guidance(torch.stack(branches), guidance, own).flatten(0, 1)
+        conditions = self.add_guidance(torch.stack(branches), guidance, own).flatten(0, 1)
 
         tensors = {
             "lengths": lengths.repeat(len(branches)),

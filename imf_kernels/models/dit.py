@@ -412,7 +412,7 @@ class DiT(Estimator):
                 bias = self.input_embed.proj.bias
                 conditions = torch.cat([conditions, bias.to(conditions).expand_as(conditions)])
 
-        conditions = self.with_guidance(conditions, guidance, where).flatten(0, 1)
+        conditions = self.add_guidance(conditions, guidance, where).flatten(0, 1)
         if layout is None:
             conditions = conditions.view(-1, frames, self.config.dim)
         tensors = {

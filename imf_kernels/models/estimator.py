@@ -134,10 +134,8 @@ class Estimator(nn.Module):
                 `guidance` drawn. An embedding of w, 0 until it is trained, is part of what
                 `prepare` makes of every frame; evaluations know nothing of it.
         """
-        switches: dict[str, Any] = {"mixer": True, "mixer_diagonal": diagonal}
-        if guidance:
-            switches["guidance"] = True
-        student = type(self)(replace(self.config, **switches))
+        switches = {"mixer_diagonal": diagonal, "guidance": guidance or self.config.guidance}
+        student = type(self)(replace(self.config, mixer=True, **switches))
         student.to(device=self.last.weight.device, dtype=self.dtype)
         student.load_state_dict(self.state_dict())
         student.checkpoint_activations = self.checkpoint_activations
@@ -159,7 +157,7 @@ class Estimator(nn.Module):
                 f"guidance: expected a finite number or a tensor (B,) for this student, got {w!r}"
             )
 
-    def with_guidance(self, conditions: Tensor, w: Tensor | float | None, rows: Rows) -> Tensor:
+    def add_guidance(self, conditions: Tensor, w: Tensor | float | None, rows: Rows) -> Tensor:
         """Conditions `(branches, T, D)`, with the embedding of w for a model that is told it."""
         count = len(rows.lengths)
         self.check_guidance(w, count)

@@ -105,7 +105,7 @@ class StepTokenDiT(DiT):
                 raise ValueError(f"{name}: expected False for a model with step tokens, got True")
         cond = super().prepare(*args, **kwargs)
         token = self.step_tokens[self.counts.index(steps)]
-        tokens = {"tokens": token.expand(cond.rows, -1, -1)}
+        tokens = {"tokens": token.repeat(cond.rows, 1, 1)}  # no view of what may be sharded again
         return Conditioning({**cond, **tokens}, self.specs)
 
     # -- evaluation -------------------------------------------------------------------------------

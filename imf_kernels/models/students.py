@@ -171,7 +171,8 @@ def _read_side(side: str) -> Said:
         for key, value in weights.items():
             digest, _, name = key.partition(".")
             extras.setdefault(digest, {})[name or MIXER] = value
-        if not extras or said.keys() != {k for k, extra in extras.items() if MIXER in extra}:
+        mixed = all(MIXER in extra for extra in extras.values())
+        if not extras or said.keys() != extras.keys() or not mixed:
             raise ValueError(
                 "expected a mixer for every student that it tells of, "
                 f"got {state_dicts.few(extras)} for {state_dicts.few(said)}"

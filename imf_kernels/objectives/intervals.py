@@ -64,10 +64,8 @@ class Intervals:
     def largest(self, progress: float) -> float:
         """The largest length at this share of training, in [0, 1]."""
         checks.number("progress", progress, 0, 1)
-        if self.curriculum is None:
-            return 1.0
-        first, share = self.curriculum
-        return first + (1 - first) * min(progress / share, 1.0)
+        first, share = self.curriculum or (1.0, 1.0)
+        return 1.0 if progress >= share else min(first + (1 - first) * progress / share, 1.0)
 
     def draw(
         self,
