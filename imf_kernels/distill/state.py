@@ -126,8 +126,8 @@ class State:
         if told["format"] != FORMAT:
             raise ValueError(f"format: expected {FORMAT}, got {told['format']}")
         self.settings.check_resume(told["settings"])
-        updates = told["settings"]["updates"]
-        if hasattr(self.objective, "progress") and updates != self.settings.updates:
+        updates, progress = told["settings"]["updates"], getattr(self.objective, "progress", None)
+        if progress is not None and updates != self.settings.updates:
             raise ValueError(
                 f"updates: expected {updates}, which the objective's progress is measured by, "
                 f"got {self.settings.updates}"

@@ -39,7 +39,8 @@ class Trainer:
     seeds torch's generators from its place in the run, so that an objective without a generator of
     its own draws the same on any path that leads there. What an objective keeps from call to call
     is saved for each rank if it has `state_dict()` and `load_state_dict()` (a flat dict of tensors
-    and numbers). An attribute `progress` is set before every update, from 0 towards 1.
+    and numbers). An attribute `progress`, if it is not None, is set before every update, from 0
+    towards 1.
 
     Interrupted and resumed, it ends with the same bits wherever the device's kernels give the same
     bits twice (`torch.use_deterministic_algorithms`).
@@ -171,7 +172,7 @@ class Trainer:
         lr = settings.lr * schedule(
             self.update, settings.updates, settings.warmup, settings.decay, settings.min_lr
         )
-        if hasattr(self.objective, "progress"):
+        if getattr(self.objective, "progress", None) is not None:
             self.objective.progress = self.update / settings.updates
         evaluated = [self._evaluate(source, i) for i in range(settings.accumulate)]
         norm = self.accelerator.clip_grad_norm_(list(state.parameters.values()), settings.clip)

@@ -17,7 +17,7 @@ from torch import Tensor
 from imf_kernels import checks
 from imf_kernels.objectives import draws
 from imf_kernels.objectives.batch import Batch
-from imf_kernels.objectives.intervals import Intervals
+from imf_kernels.objectives.intervals import Intervals, start_of
 from imf_kernels.objectives.rollouts import (
     RolloutCache,
     Target,
@@ -63,8 +63,8 @@ class IntMeanFlow(Stateful):
         generator: For all draws; None: torch's default on the batch's device.
 
     Attributes:
-        progress: How much of training is done, in [0, 1]; whoever trains sets it, for
-            `intervals.curriculum`. It stays 0 otherwise.
+        progress: How much of training is done, in [0, 1], for `intervals.curriculum`; whoever
+            trains sets it. None without one.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class IntMeanFlow(Stateful):
         self.source, self.targets, self.region = source, targets, region
         self.weighting, self.cache, self.generator = weighting, cache, generator
         self.guidance = _checked_guidance(guidance)
-        self.progress = 0.0
+        self.progress = start_of(self.intervals)
 
     def __call__(self, student: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached values to log."""
@@ -133,7 +133,7 @@ class IntMeanFlow(Stateful):
         cond = teacher.prepare(lengths=batch.lengths, **batch.conditions)
         z = draws.normal_like(x1, self.generator)
         if self.source == "data":
-            drawn = self.intervals.draw(rows, self.generator, device, progress=self.progress)
+            drawn = self.intervals.draw(rows, self.generator, device, progress=self.progress or 0.0)
             t, r = (time.to(x1.dtype) for time in drawn)
             z = torch.lerp(z, x1, t[:, None, None])
         else:
@@ -178,7 +178,7 @@ class IntMeanFlow(Stateful):
     def _targets(self, rollout: TeacherRollout) -> list[Target]:
         whole, span = [rollout.whole()], self.nfe
         if self.source == "noise":
-            largest = self.intervals.largest(self.progress)
+            largest = self.intervals.largest(self.progress or 0.0)
             whole, span = [], max(int(largest * self.nfe + 1e-6), 1)
         drawn = self.nfe, rollout.times.shape[1], self.intervals.full, self.generator
         return whole + [

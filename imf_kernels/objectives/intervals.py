@@ -124,3 +124,8 @@ class LogitNormal:
         times = self.mean + self.std * draws.normal_like(kind.new_empty(2, rows), generator)
         t, r = times.sigmoid().sort(dim=0).values
         return t, torch.where(kind < self.boundary, t, r)
+
+
+def start_of(intervals: Intervals | LogitNormal) -> float | None:
+    """An objective's `progress` before training: 0 with a curriculum, else None."""
+    return None if isinstance(intervals, LogitNormal) or intervals.curriculum is None else 0.0

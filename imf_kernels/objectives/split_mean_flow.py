@@ -17,7 +17,7 @@ from torch import Tensor
 from imf_kernels import checks
 from imf_kernels.objectives import draws
 from imf_kernels.objectives.batch import Batch
-from imf_kernels.objectives.intervals import Intervals
+from imf_kernels.objectives.intervals import Intervals, start_of
 from imf_kernels.objectives.state import Stateful
 from imf_kernels.objectives.students import Prepared, regress, scale
 from imf_kernels.teacher import Teacher
@@ -54,13 +54,13 @@ class SplitMeanFlow(Stateful):
                 f"to 0, got {self.intervals}"
             )
         self.teacher, self.region, self.generator = teacher, region, generator
-        self.progress = 0.0
+        self.progress = start_of(self.intervals)
 
     def __call__(self, student: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached values to log."""
         x1 = batch.x1.detach()
         rows, device = x1.shape[0], x1.device
-        drawn = self.intervals.draw(rows, self.generator, device, progress=self.progress)
+        drawn = self.intervals.draw(rows, self.generator, device, progress=self.progress or 0.0)
         t, r = (time.to(x1.dtype) for time in drawn)
         share = draws.uniform((rows,), self.generator, device).to(x1.dtype)
         z = torch.lerp(draws.normal_like(x1, self.generator), x1, t[:, None, None])

@@ -159,7 +159,7 @@ def test_progress_is_set_where_an_objective_has_it(tmp_path):
     seen = []
 
     class Curriculum:
-        progress = None
+        progress = 0.0
 
         def __call__(self, student, batch):
             seen.append(self.progress)
