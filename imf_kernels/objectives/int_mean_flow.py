@@ -17,7 +17,7 @@ from torch import Tensor
 from imf_kernels import checks
 from imf_kernels.objectives import draws
 from imf_kernels.objectives.batch import Batch
-from imf_kernels.objectives.intervals import Intervals, start_of
+from imf_kernels.objectives.intervals import Intervals, at, start_of
 from imf_kernels.objectives.rollouts import (
     RolloutCache,
     Target,
@@ -133,7 +133,7 @@ class IntMeanFlow(Stateful):
         cond = teacher.prepare(lengths=batch.lengths, **batch.conditions)
         z = draws.normal_like(x1, self.generator)
         if self.source == "data":
-            drawn = self.intervals.draw(rows, self.generator, device, progress=self.progress or 0.0)
+            drawn = self.intervals.draw(rows, self.generator, device, **at(self.progress))
             t, r = (time.to(x1.dtype) for time in drawn)
             z = torch.lerp(z, x1, t[:, None, None])
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,16 +117,19 @@ class LogitNormal:
         rows: int,
         generator: torch.Generator | None = None,
         device: torch.device | None = None,
-        *,
-        progress: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """As `Intervals.draw`, the same at any `progress`."""
+        """As `Intervals.draw`."""
         kind = draws.uniform((rows,), generator, device)
         times = self.mean + self.std * draws.normal_like(kind.new_empty(2, rows), generator)
         t, r = times.sigmoid().sort(dim=0).values
         return t, torch.where(kind < self.boundary, t, r)
 
 
-def start_of(intervals: Intervals | LogitNormal) -> float | None:
+def start_of(intervals: Any) -> float | None:
     """An objective's `progress` before training: 0 with a curriculum, else None."""
-    return None if isinstance(intervals, LogitNormal) or intervals.curriculum is None else 0.0
+    return None if getattr(intervals, "curriculum", None) is None else 0.0
+
+
+def at(progress: float | None) -> dict[str, float]:
+    """What `draw` is told of it: nothing where it has no curriculum."""
+    return {} if progress is None else {"progress": progress}

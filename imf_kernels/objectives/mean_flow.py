@@ -17,7 +17,7 @@ from torch import Tensor
 from imf_kernels import checks
 from imf_kernels.objectives import draws, total_derivative
 from imf_kernels.objectives.batch import Batch
-from imf_kernels.objectives.intervals import Intervals, LogitNormal, start_of
+from imf_kernels.objectives.intervals import Intervals, LogitNormal, at, start_of
 from imf_kernels.objectives.state import Stateful
 from imf_kernels.objectives.students import Prepared, regress
 from imf_kernels.teacher import Teacher
@@ -79,7 +79,7 @@ class MeanFlow(Stateful):
         """The scalar loss, and detached values to log."""
         x1 = batch.x1.detach()
         rows, device = x1.shape[0], x1.device
-        drawn = self.intervals.draw(rows, self.generator, device, progress=self.progress or 0.0)
+        drawn = self.intervals.draw(rows, self.generator, device, **at(self.progress))
         t, r = (time.to(x1.dtype) for time in drawn)
         noise = draws.normal_like(x1, self.generator)
         z, v = torch.lerp(noise, x1, t[:, None, None]), x1 - noise

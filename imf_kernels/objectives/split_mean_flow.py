@@ -17,7 +17,7 @@ from torch import Tensor
 from imf_kernels import checks
 from imf_kernels.objectives import draws
 from imf_kernels.objectives.batch import Batch
-from imf_kernels.objectives.intervals import Intervals, start_of
+from imf_kernels.objectives.intervals import Intervals, at, start_of
 from imf_kernels.objectives.state import Stateful
 from imf_kernels.objectives.students import Prepared, regress, scale
 from imf_kernels.teacher import Teacher
@@ -60,7 +60,7 @@ class SplitMeanFlow(Stateful):
         """The scalar loss, and detached values to log."""
         x1 = batch.x1.detach()
         rows, device = x1.shape[0], x1.device
-        drawn = self.intervals.draw(rows, self.generator, device, progress=self.progress or 0.0)
+        drawn = self.intervals.draw(rows, self.generator, device, **at(self.progress))
         t, r = (time.to(x1.dtype) for time in drawn)
         share = draws.uniform((rows,), self.generator, device).to(x1.dtype)
         z = torch.lerp(draws.normal_like(x1, self.generator), x1, t[:, None, None])
