@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,18 +12,28 @@ from torch import Tensor
 from examples.quickstart.audio import HOP, SAMPLE_RATE
 from examples.quickstart.corpus import Utterance
 from examples.quickstart.data import collate
-from examples.quickstart.model import Token2Mel
 from imf_kernels import sampler
+from imf_kernels.objectives import Batch
 
 BATCH_SIZE = 16
 PROMPT = 0.2
 """Share of an utterance that is given; only the frames after it are scored."""
 
 
+Collate = Callable[[Sequence[Utterance], Tensor, torch.device], Batch]
+"""Utterances and their prompts' frames to a batch with the model's conditions."""
+
+
 class Split:
     """Utterances with their prompts and one fixed noise each, the same for every solve."""
 
-    def __init__(self, utterances: Sequence[Utterance], seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        utterances: Sequence[Utterance],
+        seed: int,
+        device: torch.device,
+        collate: Collate = collate,
+    ) -> None:
         self.utterances = sorted(utterances, key=lambda u: len(u.mel))
         self.prompts = [int(PROMPT * len(u.mel)) for u in self.utterances]
         generator = torch.Generator().manual_seed(seed)
@@ -34,7 +45,7 @@ class Split:
             noise = torch.randn(batch.x1.shape, generator=generator).to(device)
             self.batches.append((batch, noise))
 
-    def solve(self, model: Token2Mel, grid: Tensor, guidance: float | None = None) -> list[Tensor]:
+    def solve(self, model: Any, grid: Tensor, guidance: float | None = None) -> list[Tensor]:
         """Mels `(N, 80)` of all utterances on the CPU, their prompts overwritten by the truth."""
         mels = []
         with torch.no_grad():
@@ -52,7 +63,7 @@ class Split:
         ]
 
     def timed_solve(
-        self, model: Token2Mel, grid: Tensor, guidance: float | None = None, *, repeats: int
+        self, model: Any, grid: Tensor, guidance: float | None = None, *, repeats: int
     ) -> tuple[list[Tensor], float]:
         """The mels, and the fastest of `repeats` solves in seconds per second of audio."""
         seconds = []

@@ -9,7 +9,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,23 @@ COLUMNS = {  # key: title, digits
 NAMES = {"teacher": "teacher, guided", "teacher_unguided": "teacher, unguided"}
 
 
-def table(runs: Sequence[dict[str, Any]]) -> str:
+def table(
+    runs: Sequence[dict[str, Any]],
+    keys: Sequence[tuple[str, int, str]] = ROWS,
+    columns: Mapping[str, tuple[str, int]] = COLUMNS,
+) -> str:
     """Markdown, a row per model, NFE and grid; each number a mean over the runs."""
     found = defaultdict(list)
     for run in runs:
         for row in run["rows"]:
             found[row["model"], row["nfe"], row["grid"]].append(row)
-    titles = " | ".join(title for title, _ in COLUMNS.values())
-    lines = [f"| model | NFE | grid | {titles} |", "|---|" + "---|" * (len(COLUMNS) + 2)]
-    for model, nfe, grid in ROWS:
+    titles = " | ".join(title for title, _ in columns.values())
+    lines = [f"| model | NFE | grid | {titles} |", "|---|" + "---|" * (len(columns) + 2)]
+    for model, nfe, grid in keys:
         rows = found[model, nfe, grid]
         cells = [
             f"{statistics.mean(row[key] for row in rows):.{digits}f}"
-            for key, (_, digits) in COLUMNS.items()
+            for key, (_, digits) in columns.items()
         ]
         lines.append(f"| {NAMES.get(model, model)} | {nfe} | {grid} | {' | '.join(cells)} |")
     return "\n".join(lines)
