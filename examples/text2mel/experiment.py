@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from examples.text2mel.recogniser import Recogniser, accuracy
 from imf_kernels import grids, o3s
 from imf_kernels.distill import distill
 from imf_kernels.models import DiT
-from imf_kernels.objectives import Batch, Intervals, IntMeanFlow, RolloutCache
+from imf_kernels.objectives import Intervals, IntMeanFlow, RolloutCache
 from imf_kernels.teacher import Teacher
 
 GUIDANCE = 2.0
@@ -96,7 +97,7 @@ def distil_students(
         students[region] = distill(
             teacher.student(),
             objective,
-            _endless(batches),
+            map(batches, itertools.count()),
             updates,
             lr=LEARNING_RATE,
             warmup=min(20, updates // 4),
@@ -105,44 +106,35 @@ def distil_students(
     return students
 
 
-def _endless(batches: TrainingBatches) -> Iterator[Batch]:
-    k = 0
-    while True:
-        yield batches(k)
-        k += 1
+def search_grid(
+    model: DiT, guidance: float | None, nfe: int, kind: str, dev: Judge
+) -> o3s.SearchResult:
+    """O3S on the development split by one of two metrics.
+
+    "o3s" takes the distance to the teacher's fine solve, which is smooth; "o3s phonemes" phoneme
+    accuracy, which is what counts, but a staircase on so few utterances.
+    """
+    by_distance = kind == "o3s"
+    metric = dev.to_teacher if by_distance else dev.phoneme_accuracy
+    return o3s.search(
+        lambda grid: metric(dev.split.solve(model, grid, guidance)),
+        nfe,
+        higher_is_better=not by_distance,
+        tolerance=0.1,
+        min_gain=5e-4,
+        budget=40,
+    )
 
 
 def search_grids(
     models: dict[str, DiT], dev: Judge, progress: Progress
 ) -> dict[Key, o3s.SearchResult]:
-    """O3S on the development split, by each of two metrics.
-
-    "o3s": the distance to the teacher's fine solve, smooth; "o3s phonemes": phoneme accuracy,
-    which is what counts, but a staircase on so few utterances.
-    """
-    plan = [(name, nfe) for name in models for nfe in FEW if nfe > 1]
-    found: dict[Key, o3s.SearchResult] = {}
-    for done, (name, nfe) in enumerate(plan):
-        model, guidance = models[name], _guidance(name)
-
-        def solved(grid: Tensor, model: DiT = model, w: float | None = guidance) -> list[Tensor]:
-            return dev.split.solve(model, grid, w)
-
-        settings: dict[str, Any] = {"tolerance": 0.1, "budget": 40}
-        found[name, nfe, "o3s"] = o3s.search(
-            lambda grid, solved=solved: dev.to_teacher(solved(grid)),
-            nfe,
-            higher_is_better=False,
-            min_gain=5e-4,
-            **settings,
-        )
-        found[name, nfe, "o3s phonemes"] = o3s.search(
-            lambda grid, solved=solved: dev.phoneme_accuracy(solved(grid)),
-            nfe,
-            higher_is_better=True,
-            min_gain=1e-3,
-            **settings,
-        )
+    """Every model's grids of more than one step, by both metrics."""
+    kinds = ("o3s", "o3s phonemes")
+    plan = [(name, nfe, kind) for name in models for nfe in FEW if nfe > 1 for kind in kinds]
+    found = {}
+    for done, (name, nfe, kind) in enumerate(plan):
+        found[name, nfe, kind] = search_grid(models[name], _guidance(name), nfe, kind, dev)
         progress(done + 1, len(plan))
     return found
 

@@ -73,7 +73,7 @@ class Run:
 
     def __init__(
         self, model: DiT, utterances: list[Utterance], updates: int, peak: float, seed: int
-    ):
+    ) -> None:
         self.model, self.updates, self.peak, self.seed = model.train(), updates, peak, seed
         model.fuse_weights()
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
@@ -136,7 +136,8 @@ def train(folder: Path, updates: int, corpora: int, peak: float, seed: int) -> N
     def heard(mels: Sequence[Tensor]) -> float:
         return accuracy(recogniser, mels, [u.phonemes for u in dev.utterances], dev.prompts)
 
-    print(f"phoneme accuracy of the true dev mels: {heard([u.mel for u in dev.utterances]):.3f}")
+    ceiling = heard([u.mel for u in dev.utterances])
+    print(f"phoneme accuracy of the true dev mels: {ceiling:.3f}", flush=True)
 
     utterances = training_utterances(aligned.symbols, corpora)
     run = Run(untrained(aligned), utterances, updates, peak, seed)
