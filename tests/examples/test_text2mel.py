@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+pytest.importorskip("espeakng_loader", reason="needs the [demo] extra")
 pytest.importorskip("librosa", reason="needs the [demo] extra")
-pytest.importorskip("rich", reason="needs the [demo] extra")
 
 from examples.quickstart import metrics
 from examples.quickstart.corpus import Corpus, Utterance
@@ -192,6 +192,14 @@ def test_saved_teacher_is_the_teacher(tmp_path, monkeypatch):
     assert not again.training
     for name, value in again.state_dict().items():
         assert torch.equal(value, teacher.state_dict()[name])
+
+
+@pytest.mark.skipif(not model.TEACHER.exists(), reason="no teacher is shipped")
+def test_shipped_teacher():
+    assert model.TEACHER.stat().st_size <= 6_000_000
+    teacher, symbols = model.load_teacher()
+    assert symbols == load_aligned().symbols
+    assert teacher.config == model.teacher_config(symbols)
 
 
 def test_the_whole_run(utterances, tmp_path, monkeypatch):
