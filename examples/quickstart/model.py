@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -63,11 +64,14 @@ class Token2Mel(nn.Module):
     def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Conditioning) -> Tensor:
         return self.estimator(x, t, r, cond)
 
-    def student(self) -> Token2Mel:
-        """A student with the same encoder, frozen, and a trainable copy of the DiT that takes r."""
+    def student(self, **options: Any) -> Token2Mel:
+        """A student with the same encoder, frozen, and a trainable copy of the DiT that takes r.
+
+        The options are those of `DiT.student`.
+        """
         student = copy.deepcopy(self)
         student.encoder.requires_grad_(False)
-        student.estimator = self.estimator.student()
+        student.estimator = self.estimator.student(**options)
         return student
 
 
