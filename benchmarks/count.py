@@ -12,11 +12,12 @@ a GPU can say.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
-import os
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,24 +29,26 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-os.environ["TRITON_INTERPRET"] = "1"  # the fused ops, without a device; none of them runs
-
 import imf_kernels
 from benchmarks import f5_client, report
 from benchmarks.workload import VOCABULARY
 from imf_kernels.models import CausalUNet, CausalUNetConfig, DiT, DiTConfig, TextConfig
-from imf_kernels.models.linears import FusedLinears
 from imf_kernels.models.step_tables import StepTables
 
 FRAMES = 1250  # 10 s generated after a 3.3 s prompt, at 93.75 frames a second
 
 
 class Count(NamedTuple):
-    """Operations, FLOPs and bytes of one evaluation; `by_name` for the curious."""
+    """Operations, FLOPs and bytes of one evaluation; `by_name` for the curious.
+
+    `nbytes` are read and written; `held` is the most that lay in storages made since its start and
+    not freed yet.
+    """
 
     operations: int
     flops: float
     nbytes: float
+    held: int
     by_name: Counter[str]
 
 
@@ -53,7 +56,8 @@ class _Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
-        self.nbytes = 0
+        self.nbytes = self.alive = self.held = 0
+        self.storages: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
         out = func(*args, **(kwargs or {}))
@@ -61,7 +65,27 @@ class _Counting(TorchDispatchMode):
             self.names[str(func)] += 1
             leaves = tree_leaves((args, kwargs, out))
             self.nbytes += sum(t.nbytes for t in leaves if isinstance(t, Tensor))
+        given = {_address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and _address(tensor) not in given | self.storages:
+                self._hold(tensor.untyped_storage())
         return out
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        address, nbytes = storage._cdata, storage.nbytes()
+        self.storages.add(address)
+        self.alive += nbytes
+        self.held = max(self.held, self.alive)
+        weakref.finalize(storage, self._free, address, nbytes)
+
+    def _free(self, address: int, nbytes: int) -> None:
+        self.storages.discard(address)
+        self.alive -= nbytes
+
+
+def _address(tensor: Tensor) -> int:
+    """Of the storage itself: without data there is no other."""
+    return tensor.untyped_storage()._cdata
 
 
 def count(evaluate: Callable[[], Any]) -> Count:
@@ -70,8 +94,10 @@ def count(evaluate: Callable[[], Any]) -> Count:
         display=False,
         custom_mapping={
             torch.ops.imf_kernels.attention: _attention_flops,
+            torch.ops.imf_kernels.attention_backward: _attention_backward_flops,
             torch.ops.imf_kernels.causal_conv: _conv_flops,
             torch.ops.imf_kernels.grouped_conv_mish: _conv_flops,
+            torch.ops.imf_kernels.grouped_conv_mish_backward: _conv_backward_flops,
             torch.ops.aten._addmm_activation: _addmm_flops,
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
         },
@@ -79,7 +105,7 @@ def count(evaluate: Callable[[], Any]) -> Count:
     with flops, _Counting() as counting:
         evaluate()
     total = sum(counting.names.values())
-    return Count(total, flops.get_total_flops(), counting.nbytes, counting.names)
+    return Count(total, flops.get_total_flops(), counting.nbytes, counting.held, counting.names)
 
 
 def _attention_flops(qkv: Any, starts: Any, *_: Any, **__: Any) -> int:
@@ -88,8 +114,20 @@ def _attention_flops(qkv: Any, starts: Any, *_: Any, **__: Any) -> int:
     return 4 * frames * (frames // max(starts[0] - 1, 1)) * heads * width
 
 
+def _attention_backward_flops(
+    grad: Any, qkv: Any, out: Any, lse: Any, starts: Any, *_: Any, **__: Any
+) -> int:
+    """Five products, the scores again among them, for the forward pass's two."""
+    return 5 * _attention_flops(qkv, starts) // 2
+
+
 def _conv_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * x[0] * math.prod(weight)
+
+
+def _conv_backward_flops(grad: Any, x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of the input, of the weight, and the forward pass again, whose result was not kept."""
+    return 3 * _conv_flops(x, weight)
 
 
 def _addmm_flops(bias: Any, a: Any, b: Any, **_: Any) -> int:
@@ -110,31 +148,44 @@ def ours(
 ) -> Count:
     """One evaluation of a student from step tables, or of a guided teacher; or the forward pass of
     a student in training."""
-    patches = (
-        # addresses, by which storage is known to be fused, do not exist here
-        mock.patch.object(FusedLinears, "fuse", lambda self, layers: self.whole),
-        mock.patch("imf_kernels.ops.linear._epilogue_is_tanh", return_value=True),
-    )
-    with torch.device("meta"), torch.no_grad(), imf_kernels.backend("triton"):
+    with without_data(), torch.no_grad():
         model, tables = _unet(**sizes) if variant == "cosyvoice2" else _dit(variant, **sizes)
         model.fuse_weights()
-        with patches[0], patches[1]:
-            given = {
-                name: torch.zeros(spec.shape(1, frames), dtype=spec.dtype)
-                for name, spec in model.inputs.items()
-            }
-            cond = model.prepare(**given, guided=guided, packed=frames if packed else False)
-            x = torch.zeros(1, frames, model.config.channels)
-            if not training:
-                return count(lambda: model.evaluate(x, tables.at(0), cond))
-            t = torch.zeros(1)
-            e = torch.zeros(1, model.config.dim, requires_grad=True)
-            with (
-                torch.enable_grad(),
-                mock.patch.object(FusedLinears, "fused", return_value=True),
-                mock.patch.object(type(model), "embed_time", return_value=e),  # wants autocast
-            ):
-                return count(lambda: model(x, t, t, cond))
+        given = {
+            name: torch.zeros(spec.shape(1, frames), dtype=spec.dtype)
+            for name, spec in model.inputs.items()
+        }
+        cond = model.prepare(**given, guided=guided, packed=frames if packed else False)
+        x = torch.zeros(1, frames, model.config.channels)
+        if not training:
+            return count(lambda: model.evaluate(x, tables.at(0), cond))
+        t = torch.zeros(1)
+        with torch.enable_grad():
+            return count(lambda: model(x, t, t, cond))
+
+
+@contextlib.contextmanager
+def without_data() -> Iterator[None]:
+    """On the "meta" device, with the fused ops: what they look for there is not to be found."""
+    with (
+        torch.device("meta"),
+        imf_kernels.backend("triton"),
+        mock.patch("imf_kernels.dispatch.INTERPRETED", True),  # a GPU; no kernel runs
+        mock.patch("imf_kernels.models.linears._lie_in", _yes),  # addresses
+        mock.patch("imf_kernels.ops.linear._epilogue_is_tanh", _yes),
+        mock.patch("torch.autocast", _no_autocast),
+    ):
+        yield
+
+
+def _yes(*_: Any) -> bool:
+    """No mock, which would keep its arguments alive."""
+    return True
+
+
+@contextlib.contextmanager
+def _no_autocast(*_: Any, **__: Any) -> Iterator[None]:
+    yield
 
 
 def _dit(variant: str, **sizes: int) -> tuple[Any, StepTables]:

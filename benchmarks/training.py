@@ -77,9 +77,8 @@ def trained(column: str, model: DiT, checkpointing: bool) -> Trained:
     return Trained(model, student, student)
 
 
-def step(it: Trained, nfe: int, batch: Batch, rollout: TeacherRollout) -> Run:
-    loss = it.loss(nfe, batch, rollout)
-    optimizer = torch.optim.AdamW(it.student.parameters(), lr=1e-6, fused=True)
+def step(student: DiT, loss: Callable[[], Tensor]) -> Run:
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
 
     def run() -> None:
         loss().backward()
@@ -139,7 +138,7 @@ def measure(
         runs, held = {}, {}
         for column, it in contenders.items():
             with found.attempt(f"NFE {nfe}, {column}, checkpointing {checkpointing}"):
-                run = step(it, nfe, *drawn)
+                run = step(it.student, it.loss(nfe, *drawn))
                 run = run if column == "ours" else plainly(run)
                 held[column] = peak_bytes(run, device)
                 runs[column] = run

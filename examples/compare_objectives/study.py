@@ -114,7 +114,7 @@ class Study:
         return {"snapshots": found, "peak_bytes": self.peak(method) if self.final else None}
 
     def peak(self, method: Method) -> int:
-        """Bytes that one update holds, from rollout to gradients, on utterances of middle length."""
+        """Bytes that an update holds, from rollout to gradients, on utterances of middle length."""
         alone = method.but(reuse=1) if "reuse" in method.options else method
         generator = torch.Generator().manual_seed(0)
         student, objective = alone.make(self.teacher, 1, generator)

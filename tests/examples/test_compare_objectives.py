@@ -10,7 +10,7 @@ pytest.importorskip("espeakng_loader", reason="needs the [demo] extra")
 pytest.importorskip("librosa", reason="needs the [demo] extra")
 
 from examples.compare_objectives import __main__ as comparison
-from examples.compare_objectives import study, summary, training
+from examples.compare_objectives import ablations, study, summary, training
 from examples.compare_objectives.methods import METHODS, SWEEP
 from examples.quickstart import metrics
 from examples.quickstart.corpus import Corpus, Utterance
@@ -106,6 +106,25 @@ def test_a_sweep_changes_one_thing_at_a_time(tmp_path, monkeypatch):
     assert len(found) == len(SWEEP["split_mean_flow"])
     for settings in found.values():
         assert sum(settings[key] != chosen[key] for key in chosen) == 1
+
+
+def test_ablations(tmp_path, monkeypatch, capsys):
+    only = ("--only", "mixer")
+    run(monkeypatch, ablations, "--updates", 2, "--out", tmp_path, *only)
+    table = capsys.readouterr().out
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 + len(ablations.FACTORS["mixer"])
+    run(monkeypatch, ablations, "--tables", "--out", tmp_path)
+    assert capsys.readouterr().out in table
+
+
+@pytest.mark.parametrize("factor", ablations.FACTORS)
+def test_factors_are_settings(factor):
+    defaults = METHODS["int_mean_flow"]
+    for changes in ablations.FACTORS[factor].values():
+        method = defaults.but(**changes)
+        assert method.described != defaults.described
+        method.make(small_teacher(), 64, torch.Generator())
 
 
 @pytest.mark.parametrize("name", METHODS)
