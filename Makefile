@@ -17,7 +17,7 @@ client := $(VENV)/.f5_tts-installed
 log := $(VENV)/imf_kernels-install.log
 
 .PHONY: help demo test test-hosts test-build test-gpu bench-cpu bench-streaming bench-gpu \
-	bench-gpu-full count kernels lint clean
+	bench-gpu-full bench-distillation count kernels lint clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -53,6 +53,9 @@ bench-streaming: $(installed) ## Streams against solving the prefix again, on th
 
 count: $(installed) ## Operations, FLOPs and bytes of one evaluation, beside F5-TTS's own
 	$(py) -m benchmarks.count $(ARGS)
+
+bench-distillation: $(installed) ## What a supervised interval costs, counted (2 minutes)
+	$(py) -m benchmarks.distillation --device cpu --out benchmarks/results/cpu/distillation.json $(ARGS)
 
 kernels: $(installed) ## Registers, stack and shared memory of every kernel, compiled without a GPU
 	$(py) -m benchmarks.kernels $(ARGS)

@@ -142,53 +142,46 @@ def measure(args: argparse.Namespace, found: report.Report, name: str, rows: int
 
 
 def cost(row: Mapping[str, Any]) -> float | None:
-    """Seconds, or PFLOP where those were counted."""
-    return row["seconds"] if "seconds" in row else row["flops"] / 1e15
+    """Seconds, or TFLOP where those were counted; None for what does not fit."""
+    return row["seconds"] if "seconds" in row else row["flops"] / 1e12
 
 
 def line(row: Mapping[str, Any]) -> str:
-    taken, held = cost(row), row["bytes"]
-    cells = "does not fit" if taken is None else f"{taken:10.3f}{held / 2**30:10.2f} GiB"
-    return f"{row['part']:<9}{row['rows']:>3} x {row['frames']:<6}{row['run']:<26}{cells}"
+    cells = " ".join(f"{cell:>12}" for cell in _cells(row))
+    return f"{row['part']:<9}{row['rows']:>3} x {row['frames']:<6}{row['run']:<28}{cells}"
 
 
 def tables(results: Mapping[str, Any]) -> str:
     """Markdown, of a whole run's results: three tables."""
     rows = results["rows"]
-    unit = "s" if any("seconds" in row for row in rows) else "PFLOP"
-    parts = {part: [row for row in rows if row["part"] == part] for part in PARTS}
+    unit = "s" if "seconds" in rows[0] else "TFLOP"
+    makers = {"teacher": _teacher_table, "targets": _targets_table, "jvp": _jvp_table}
     return "\n\n".join(
-        "\n".join(lines)
-        for lines in (
-            _teacher_table(parts["teacher"], unit),
-            _targets_table(parts["targets"], unit),
-            _jvp_table(parts["jvp"], unit),
-        )
+        "\n".join(make([row for row in rows if row["part"] == part], unit))
+        for part, make in makers.items()
     )
 
 
 def _teacher_table(rows: Sequence[Mapping[str, Any]], unit: str) -> Iterator[str]:
-    yield f"| teacher NFE | {unit} | of NFE 0 | GiB | the paper: s | of NFE 0 |"
+    yield f"| teacher NFE | {unit} | GiB | of NFE 0 | the paper: s | of NFE 0 |"
     yield "|---|---|---|---|---|---|"
-    first = cost(rows[0])
     for row in rows:
         nfe = int(row["run"].removeprefix("NFE "))
-        yield (
-            f"| {nfe} | {cost(row):.2f} | {cost(row) / first:.2f} | {_gib(row)} "
-            f"| {PAPER[nfe]:.2f} | {PAPER[nfe] / PAPER[0]:.2f} |"
-        )
+        times, paper = _divided(cost(row), cost(rows[0])), PAPER[nfe] / PAPER[0]
+        cells = (*_cells(row), _number(times, 2), f"{PAPER[nfe]:.2f}", f"{paper:.2f}")
+        yield f"| {nfe} | {' | '.join(cells)} |"
 
 
 def _targets_table(rows: Sequence[Mapping[str, Any]], unit: str) -> Iterator[str]:
-    titles = " | ".join(f"{unit} an interval, rollout used {times}x" for times in REUSE)
-    yield f"| targets of an update | {titles} | GiB |"
+    titles = " | ".join(f"rollout used {times}x" for times in REUSE)
+    yield f"| targets of an update, {unit} of each | {titles} | GiB |"
     yield "|---|" + "---|" * (len(REUSE) + 1)
     rollout, *losses = rows
     for row in losses:
-        targets = int(row["run"].split()[0])
-        each = (cost(rollout) / times + cost(row) for times in REUSE)
-        cells = " | ".join(f"{one / targets:.3f}" for one in each)
-        yield f"| {targets} | {cells} | {_gib(row)} |"
+        targets, paid, own = int(row["run"].split()[0]), cost(rollout), cost(row)
+        each = [None if own is None else (paid / times + own) / targets for times in REUSE]
+        cells = " | ".join(_number(one, 3 if unit == "s" else 1) for one in each)
+        yield f"| {targets} | {cells} | {_cells(row)[1]} |"
 
 
 def _jvp_table(rows: Sequence[Mapping[str, Any]], unit: str) -> Iterator[str]:
@@ -197,16 +190,22 @@ def _jvp_table(rows: Sequence[Mapping[str, Any]], unit: str) -> Iterator[str]:
     yield f"| float32 | {titles} |"
     yield "|---|" + "---|---|" * len(batches)
     for run in dict.fromkeys(row["run"] for row in rows):
-        same = [row for row in rows if row["run"] == run]
-        cells = (
-            "does not fit | -" if cost(row) is None else f"{cost(row):.3f} | {_gib(row)}"
-            for row in same
-        )
+        cells = [cell for row in rows if row["run"] == run for cell in _cells(row)]
         yield f"| {run} | {' | '.join(cells)} |"
 
 
-def _gib(row: Mapping[str, Any]) -> str:
-    return f"{row['bytes'] / 2**30:.1f}"
+def _cells(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Cost and GiB."""
+    held = None if row["bytes"] is None else row["bytes"] / 2**30
+    return _number(cost(row), 3 if "seconds" in row else 1), _number(held, 1)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "does not fit" if value is None else f"{value:.{digits}f}"
+
+
+def _divided(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one / other
 
 
 def parser() -> argparse.ArgumentParser:

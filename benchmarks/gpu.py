@@ -36,6 +36,7 @@ FULL = {
     "ops_full": "ops",
     "rollout_full": "rollout --nfe 2 8 16",
     "training_full": "training",
+    "distillation": "distillation",
     "solver_graphs_full": "solver_graphs",
 }
 

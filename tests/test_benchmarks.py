@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from benchmarks import (
+    count,
+    distillation,
     evaluation,
     gpu,
     ops,
@@ -183,6 +185,56 @@ def test_training_on_the_cpu(tmp_path, monkeypatch):
     for row in rows:
         assert row["ms"].keys() == row["plain_steps"].keys() == {"eager", "ours"}
         assert max(row["errors"].values()) <= 1e-4
+
+
+def test_distillation_on_the_cpu(tmp_path, monkeypatch, capsys):
+    arguments = "--size tiny --rows 2 --frames 2048 --nfe 0 2 4 8 --targets 1 2"
+    results = run(distillation, arguments, tmp_path / "distillation.json", monkeypatch)
+    found = {(row["part"], row["rows"], row["run"]): row for row in results["rows"]}
+
+    alone, *steps = (found["teacher", 2, f"NFE {nfe}"] for nfe in (0, 2, 4, 8))
+    flops = [row["flops"] for row in steps]
+    guided = (flops[1] - flops[0]) / 2  # an evaluation, of both branches
+    assert flops[2] - flops[1] == pytest.approx(4 * guided)
+    assert {row["bytes"] for row in steps} == {alone["bytes"]}  # the rollout is over by then
+    one, both = (found["targets", 2, f"{count} targets"]["flops"] for count in (1, 2))
+    assert 3 <= (both - one) / (guided / 2) <= 3.5  # backward does the scores again
+    for rows in (1, 2):
+        ours, recorded = (
+            found["jvp", rows, f"MeanFlow, jvp{kind}"]["bytes"] for kind in ("", " as published")
+        )
+        assert 0 < 2 * ours < recorded
+    assert distillation.tables(results) in capsys.readouterr().out
+
+
+def test_tables_of_what_does_not_fit():
+    fits = {"rows": 1, "frames": 8, "seconds": 0.5, "bytes": 2**31}
+    rows = [{"part": "teacher", "run": f"NFE {nfe}", **fits} for nfe in (0, 2)]
+    rows += [{"part": "targets", "run": run, **fits} for run in ("rollout", "1 targets")]
+    rows.append({**fits, "part": "targets", "run": "8 targets", "seconds": None, "bytes": None})
+    rows.append({**fits, "part": "jvp", "run": "jvp", "seconds": None, "bytes": None})
+    tables = distillation.tables({"rows": rows})
+    assert "| 2 | 0.500 | 2.0 | 1.00 | 1.12 | 1.20 |" in tables
+    assert "| 1 | 1.000 | 0.625 | 0.531 | 2.0 |" in tables
+    assert "| 8 | does not fit |" in tables
+    assert "| jvp | does not fit | does not fit |" in tables
+
+
+def test_bytes_held_by_a_gradient():
+    """Every sine keeps its input; backward adds a cosine and a gradient at a time."""
+    x = torch.zeros(1000, 1000, device="meta", requires_grad=True)
+
+    def chain(length):
+        y = x
+        for _ in range(length):
+            y = y.sin()
+        y.sum().backward()
+
+    for length in (1, 5):
+        x.grad = None
+        assert count.count(lambda length=length: chain(length)).held == pytest.approx(
+            (length + 2) * x.nbytes, rel=1e-3
+        )
 
 
 def test_the_plain_model_is_the_model():
