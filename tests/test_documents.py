@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import buckets
+from benchmarks import buckets, distillation
 from imf_kernels.hosts.f5_tts import F5TTS
 from imf_kernels.models.token_encoder import LookaheadEncoder
 from tests.hosts.cosyvoice_host import HostCFM, HostFlow, small
@@ -83,6 +83,12 @@ def test_table_of_streams_is_the_committed_run():
                 f"{frames['incremental']} / {frames['prefix']} | {row['stream_bytes'] / 1e6:.0f} |"
             )
             assert said in README.read_text()
+
+
+def test_tables_of_distillation_are_the_committed_run():
+    run = json.loads((ROOT / "benchmarks/results/cpu/distillation.json").read_text())
+    for table in distillation.tables(run).split("\n\n"):
+        assert table in README.read_text()
 
 
 def test_table_of_padding_is_what_the_script_says():

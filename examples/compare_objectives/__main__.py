@@ -12,6 +12,7 @@ tries the settings of `methods.SWEEP` on the development split instead.
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,13 @@ def sweep(seed: int, updates: int, out: Path, names: Iterable[str]) -> None:
     """Each method's settings and, one at a time, what else could be; development split."""
     study = Study(seed, "dev")
     for name in names:
+        scores = {}
         for label, changes in {"chosen": {}, **SWEEP[name]}.items():
             path = out / f"{name} {label}.json"
-            trained(study, path, name, METHODS[name].but(**changes), updates, None)
+            found = trained(study, path, name, METHODS[name].but(**changes), updates, None)
+            rows = found["snapshots"][-1]["rows"]
+            scores[label] = statistics.geometric_mean(row["to_teacher"] for row in rows)
+        print(f"{name}: nearest to the fine solve is {min(scores, key=scores.__getitem__)}")
 
 
 def trained(
