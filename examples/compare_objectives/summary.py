@@ -103,9 +103,9 @@ def draw(results: Results, path: Path) -> None:
             if name.startswith("teacher"):
                 by_time.axhline(rows[0][key], color=f"C{color}", linestyle=":")
                 continue
-            points = _mean(
-                [[{"s": s["seconds"], **s["rows"][0]} for s in run["snapshots"]] for run in runs]
-            )
+            ways = [_way(run) for run in runs]
+            common = [key for key in ways[0] if all(key in way for way in ways)]
+            points = _mean([[way[key] for key in common] for way in ways])
             points.sort(key=lambda point: point["s"])
             by_time.plot([p["s"] for p in points], [p[key] for p in points], **style)
         by_nfe.set(title=f"{title}, equal seconds", xlabel="solver steps (NFE)", xscale="log")
@@ -119,6 +119,17 @@ def draw(results: Results, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def _way(run: dict[str, Any]) -> dict[Any, dict[str, float]]:
+    """The numbers at NFE 1 with the seconds of training, after updates or at the end of seconds."""
+    return {
+        "seconds" if s["budgets"] == ["seconds"] else s["updates"]: {
+            "s": s["seconds"],
+            **s["rows"][0],
+        }
+        for s in run["snapshots"]
+    }
 
 
 def _mean(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, float]]:
