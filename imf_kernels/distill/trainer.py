@@ -92,7 +92,8 @@ class Trainer:
                 )
         self.accelerator = connect(settings.timeout)
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
-        self.student, self.objective, self.batches = student, objective, batches
+        self.student, self.batches = student, batches
+        self.objective: Any = objective
         self.folder, self.settings, self.callbacks = Path(folder), settings, tuple(callbacks)
         self._state = State(student, objective, settings, self.accelerator)
 

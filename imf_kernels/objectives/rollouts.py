@@ -98,7 +98,7 @@ def draw_pairs(
     """Uniform pairs i < j of n + 1 times, `(rows,)` each, no more than `span` apart (None: n), and
     a share `full` of them just as many."""
     span = nfe if span is None else span
-    i, j = torch.triu_indices(nfe + 1, nfe + 1, offset=1)
+    i, j = torch.triu_indices(nfe + 1, nfe + 1, offset=1, device="cpu")
     pairs = torch.stack([i, j])[:, j - i <= span].to(device, non_blocking=True)
     pick, kind = draws.uniform((2, rows), generator, device)
     first, last = pairs[:, (pick * pairs.shape[1]).long()]
