@@ -77,7 +77,7 @@ class ConvBlock(nn.Module):
         norm: Any = self.block[2]
         return causal_conv_norm(
             scope.preceded(x),
-            self.conv.weight[:, : x.shape[1]],
+            linears.weight_of(self.conv)[:, : x.shape[1]],
             self.conv.bias if conditions is None else None,
             norm.weight,
             norm.bias,

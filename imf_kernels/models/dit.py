@@ -175,11 +175,13 @@ class InputEmbedding(nn.Module):
 
     def conditions(self, conditions: Tensor) -> Tensor:
         """`prompt | text` or `prompt | mu | spks` columns, and the bias."""
-        return F.linear(conditions, self.proj.weight[:, self.channels :], self.proj.bias)
+        return F.linear(
+            conditions, linears.weight_of(self.proj)[:, self.channels :], self.proj.bias
+        )
 
     def state(self, x: Tensor) -> Tensor:
         """`(T, C)` to `(T, D)`."""
-        return linear(x, self.proj.weight[:, : self.channels], None)
+        return linear(x, linears.weight_of(self.proj)[:, : self.channels], None)
 
 
 class DiT(Estimator):

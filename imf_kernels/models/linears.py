@@ -20,6 +20,18 @@ def plain(layer: Any) -> bool:
     return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
+def weight_of(layer: Any) -> Tensor:
+    """The weight of a layer that is read, not called.
+
+    Raises:
+        TypeError: an adapter in its place, which would do nothing.
+    """
+    if not isinstance(layer, nn.Linear | nn.Conv1d):
+        got = f"{type(layer).__module__}.{type(layer).__name__}"
+        raise TypeError(f"model: expected a plain layer, whose weight is read, got {got}")
+    return layer.weight
+
+
 def apply(layer: Any, x: Any, gelu: bool = False) -> Tensor:
     """`layer(x)` for `x` `(T, K)`, optionally followed by GELU-tanh."""
     if plain(layer):
@@ -175,7 +187,7 @@ def _concatenated(whole: Tensor | None, *parameters: Tensor) -> Tensor:
 def _parameters(layers: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
     """Weights, and biases: of all layers, or of none."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    return [layer.weight for layer in layers], biases
+    return [weight_of(layer) for layer in layers], biases
 
 
 def _fuse(parameters: Sequence[Tensor], whole: Tensor | None) -> Tensor:

@@ -47,7 +47,9 @@ class ConvNeXtV2Block(nn.Module):
         """`(T, dim)`, without the residual."""
         bias: Any = self.dwconv.bias
         norm = self.norm
-        h = depthwise_conv_norm(x, self.dwconv.weight, bias, norm.weight, norm.bias, rows, norm.eps)
+        h = depthwise_conv_norm(
+            x, linears.weight_of(self.dwconv), bias, norm.weight, norm.bias, rows, norm.eps
+        )
         h = self.grn(linears.apply(self.pwconv1, h), rows)
         return linears.apply(self.pwconv2, h)
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from imf_kernels.models.linears import weight_of
+
 FREQUENCIES = 256
 TIME_SCALE = 1000.0
 GUIDANCE_SCALE = 10.0
@@ -31,7 +33,7 @@ def sinusoidal(t: Tensor, width: int = FREQUENCIES, scale: float = TIME_SCALE) -
 
 def _linear_float32(linear: Any, x: Tensor) -> Tensor:
     bias = linear.bias.float() if linear.bias is not None else None
-    return F.linear(x, linear.weight.float(), bias)
+    return F.linear(x, weight_of(linear).float(), bias)
 
 
 def _embed(t: Tensor, first: Any, last: Any, scale: float = TIME_SCALE) -> Tensor:
