@@ -1,0 +1,85 @@
+import json
+import math
+
+import pytest
+
+from imf_kernels.distill.logs import JsonLines, Progress, TensorBoard, read, told
+from tests.distill.runs import fake_trainer, record
+
+
+def written(callback, trainer, updates, **more):
+    callback.started(trainer)
+    for update in updates:
+        trainer.update = update
+        callback.updated(trainer, record(update, **more.get(f"u{update}", {})))
+    if hasattr(callback, "ended"):
+        callback.ended(trainer)
+
+
+def test_json_lines_every_so_often_and_whatever_is_more_than_training(tmp_path):
+    more = {"u3": {"val/nfe1": 0.5}, "u5": {"skipped": 1.0, "loss": math.nan}}
+    written(JsonLines(), fake_trainer(tmp_path, updates=9), range(1, 10), **more)
+    records = read(tmp_path / "log.jsonl")
+    assert [r["update"] for r in records] == [2, 3, 4, 5, 6, 8, 9]
+    assert records[0] == record(2)
+    assert records[1]["val/nfe1"] == 0.5
+    assert records[3]["loss"] is None, "JSON knows no NaN"
+
+
+def test_a_resumed_run_tells_one_story(tmp_path):
+    written(JsonLines(), fake_trainer(tmp_path), range(1, 9))
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"update": 9, "lo')  # killed while it wrote
+    assert [r["update"] for r in read(tmp_path / "log.jsonl")] == [2, 4, 6, 8]
+    written(JsonLines(), fake_trainer(tmp_path, update=4), range(5, 11))
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["update"] for line in lines] == [2, 4, 6, 8, 10]
+
+
+def test_a_log_that_was_cut_off_goes_on_on_a_line_of_its_own(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"update": 2}\n{"upd')
+    written(JsonLines(), fake_trainer(tmp_path, update=3), [4])
+    assert [r["update"] for r in read(tmp_path / "log.jsonl")] == [2, 4]
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    trainer = fake_trainer(tmp_path, rank=1, ranks=2)
+    for callback in (Progress(), JsonLines(), TensorBoard()):
+        written(callback, trainer, [1, 2])
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+    written(Progress(), fake_trainer(tmp_path), range(1, 5), u3={"val/nfe2": 0.25})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["2/10", "3/10", "4/10"]
+    assert "loss 1.5  norm 2  lr 1.00e-04  2,000 frames/s" in lines[0]
+    assert "val/nfe2 0.25" in lines[1]
+    assert "left 0:00:00" in lines[0]
+
+
+def test_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    progress, trainer = Progress(), fake_trainer(tmp_path, update=4)
+    progress.started(trainer)
+    assert progress.bar.tasks[0].completed == 4
+    progress.updated(trainer, record(7))
+    task = progress.bar.tasks[0]
+    assert (task.completed, task.total, task.fields["told"]) == (7, 10, told(record(7)))
+    progress.ended(trainer)
+    assert progress.bar is None
+    assert "7/10" in capsys.readouterr().err
+
+
+def test_tensorboard_curves(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    written(TensorBoard(), fake_trainer(tmp_path), range(1, 9), u4={"val/nfe1": 0.5})
+    written(TensorBoard(), fake_trainer(tmp_path, update=4), range(5, 7), u6={"loss": 0.25})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("val/nfe1")] == [4]
+    curve = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert curve == [(2, 1.5), (4, 1.5), (6, 0.25)], "what lay beyond the checkpoint is purged"
