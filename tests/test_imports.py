@@ -47,6 +47,7 @@ LAZY = {
     "jiwer",
     "librosa",
     "matplotlib",
+    "numpy",
     "peft",
     "pyarrow",
     "rich",

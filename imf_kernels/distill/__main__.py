@@ -1,0 +1,95 @@
+"""`python -m imf_kernels.distill config.yaml`: a run from its config, also under `torchrun`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from imf_kernels.distill import config as configs
+from imf_kernels.distill import schema
+from imf_kernels.distill.stops import Stopped
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, search grids, write the student; 0, or 1 after an error, which is told in a line."""
+    said = _parser().parse_args(arguments)
+    try:
+        run(configs.load(said.config, said.set), dry=said.dry_run)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+    except Exception as error:
+        if said.debug:
+            raise
+        if isinstance(error, schema.ConfigError) and os.environ.get("RANK", "0") != "0":
+            return 1  # all ranks have read the same document
+        kind = "" if isinstance(error, schema.ConfigError) else f"{type(error).__name__}: "
+        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(config: configs.Config, *, dry: bool = False) -> None:
+    """What the command does. `dry`: tell what would be trained, and stop."""
+    from imf_kernels.distill import build, finish
+
+    made = build.build(config)
+    trained, frozen = build.counts(made.student)
+    if made.accelerator.is_main_process:
+        said = f"student: {trained:,} parameters trained, {frozen:,} frozen\n"
+        said += f"data: {len(made.loader)} batches an epoch for each of {made.loader.budget.ranks} "
+        said += f"ranks, {sum(len(batch.x1) for batch in made.held_out)} utterances held out"
+        print(described(config) + said if dry else said, flush=True)
+    if dry:
+        return
+    made.trainer().run()
+    student = finish.whole(made)
+    found = finish.search_grids(made, student)
+    if made.accelerator.is_main_process:
+        finish.write(made, student, found)
+        print(f"student: {config.output.path}", flush=True)
+
+
+def described(config: configs.Config) -> str:
+    """All that a config says, defaults included, as YAML."""
+    import yaml
+
+    return yaml.safe_dump(_plain(config), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if callable(value):
+        return schema.name_of(value)
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m imf_kernels.distill", description=__doc__)
+    parser.add_argument("config", help="a YAML document, see docs/distilling.md")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="training.lr=1e-4",
+        help="a value in the place of the document's; as often as wanted",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tell what would be trained, stop")
+    parser.add_argument("--debug", action="store_true", help="errors with their trace")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.getcwd())  # "package.module:function" may be the run's own
+    sys.exit(main())

@@ -1,0 +1,308 @@
+"""A run's objects, from its config: teacher, student, objective, batches, callbacks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from imf_kernels import models
+from imf_kernels.data import Loader, Utterance, Utterances
+from imf_kernels.distill import schema
+from imf_kernels.distill.config import Config, HeldOut, ModelSection
+from imf_kernels.distill.held_out import Extra, FineSolves
+from imf_kernels.distill.logs import JsonLines, Progress, TensorBoard
+from imf_kernels.distill.lora import add_lora
+from imf_kernels.distill.parallel import connect
+from imf_kernels.distill.previews import Previews
+from imf_kernels.distill.schema import ConfigError
+from imf_kernels.distill.trainer import Trainer
+from imf_kernels.distill.validation import Validation
+from imf_kernels.objectives.batch import Batch
+from imf_kernels.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a config makes. `held_out` are batches on the device, the same on all ranks, `shown` is
+    the one of previews."""
+
+    config: Config
+    accelerator: Any
+    teacher: Teacher
+    student: Any
+    objective: Any
+    loader: Loader
+    held_out: list[Batch]
+    shown: Batch | None
+    vocoder: Any
+    solves: FineSolves
+    extra: Extra | None
+
+    def trainer(self) -> Trainer:
+        config = self.config
+        return Trainer(
+            self.student,
+            self.objective,
+            self.loader,
+            config.folder,
+            config.training,
+            callbacks=_callbacks(self),
+        )
+
+
+def build(config: Config) -> Run:
+    """Load and make everything, on this rank's device.
+
+    Raises:
+        ConfigError: naming the section of what cannot be made.
+    """
+    settings, section = config.training, config.data
+    accelerator = connect(settings.timeout)
+    device = accelerator.device
+    model = teacher_model(config.model).to(device)
+    teacher = Teacher(model, config.model.guidance)
+    student = student_of(config.model, model).to(device)
+    target, rest, path = config.named_class("objective")
+    objective = schema.make(target, rest, path, fixed={"teacher": teacher})
+
+    target, rest, path = config.named_class("dataset")
+    utterances: Utterances = schema.make(target, rest, path)
+    _check_channels(utterances, model)
+    target, rest, path = config.named_class("collate")
+    collate = schema.make(target, rest, path)
+    finish = _finish(config.model, device)
+    train, held = split(utterances, section.held_out)
+    budget = {
+        "frames": section.frames,
+        "max_rows": section.max_rows,
+        "packed": section.packed,
+        "drop_long": section.drop_long,
+    }
+    options: Any = {"device": device, "finish": finish, "seed": settings.seed, **budget}
+    ranks = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
+    with schema.naming("data", budget):
+        loader = Loader(train, collate, workers=section.workers, **ranks, **options)
+        held_out = [] if held is None else list(_epoch(Loader(held, collate, **options)))
+    shown = None
+    if config.previews is not None and held is not None:
+        rows = [held[i] for i in range(min(config.previews.items, len(held)))]
+        shown = collate(rows, torch.Generator().manual_seed(settings.seed)).to(device)
+        shown = shown if finish is None else finish(shown)
+    steps = 32 if config.validation is None else config.validation.steps
+    solves = FineSolves(teacher, config.folder / "solves", steps=steps, seed=settings.seed)
+    told = getattr(objective, "steps", None)
+    extra = None if told is None else lambda nfe: {told: nfe}
+    return Run(
+        config,
+        accelerator,
+        teacher,
+        student,
+        objective,
+        loader,
+        held_out,
+        shown,
+        _vocoder(config, utterances),
+        solves,
+        extra,
+    )
+
+
+# -- models ---------------------------------------------------------------------------------------
+
+
+def teacher_model(section: ModelSection) -> Any:
+    """The teacher's velocity model, frozen, in eval mode."""
+    if section.build is not None:
+        model = schema.make(section.build, section.arguments, "model.arguments")
+    else:
+        model = _load(section, section.checkpoint, "model.checkpoint")
+    return model.eval().requires_grad_(False)
+
+
+def student_of(section: ModelSection, teacher: Any) -> Any:
+    """A trainable student: of its own weights, of its own sizes, or the teacher's copy."""
+    said = section.student
+    with schema.naming("model.student", ("checkpoint", "sizes", "lora")):
+        if said.checkpoint is not None:
+            student = _load(section, said.checkpoint, "model.student.checkpoint")
+            student = student if student.config.mixer else student.student(said.diagonal)
+            student.requires_grad_(True)
+        elif said.sizes is not None:
+            student = _resized(teacher, said.sizes, said.diagonal)
+        else:
+            student = teacher.student(said.diagonal) if said.diagonal != 1 else teacher.student()
+        if said.checkpoint_activations:
+            student.checkpoint_activations = True
+        if said.lora is not None:
+            return add_lora(student, said.lora.rank, said.lora.alpha, said.lora.targets)
+    tower = getattr(student, "text_embed", None)
+    if isinstance(tower, nn.Module):  # only the estimator and its mixer train
+        tower.requires_grad_(False)
+    return student
+
+
+def counts(model: nn.Module) -> tuple[int, int]:
+    """Parameters that are trained, and frozen ones."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, free in sizes if free), sum(n for n, free in sizes if not free)
+
+
+def _load(section: ModelSection, path: str | None, where: str) -> Any:
+    assert path is not None
+    with schema.naming(where):
+        if section.family == "cosyvoice2":
+            return models.load_cosyvoice2(path)
+        if section.family == "cosyvoice3":
+            return models.load_cosyvoice3(path)
+        return models.load_f5(path, section.family)
+
+
+def _resized(teacher: Any, sizes: Mapping[str, Any], diagonal: float) -> Any:
+    """A student of random weights; F5's text tower is the teacher's, which stays frozen."""
+    fixed = {"mixer", "mixer_diagonal", "baked", "fp8", "text", "channels"}
+    given = schema.arguments(
+        type(teacher.config),
+        {**{name: getattr(teacher.config, name) for name in ("dim", "depth", "heads")}, **sizes},
+        "model.student.sizes",
+        hidden=fixed,
+    )
+    config = replace(teacher.config, **given, mixer=True, mixer_diagonal=diagonal)
+    student = type(teacher)(config)
+    if getattr(student, "text_embed", None) is not None:
+        student.text_embed.load_state_dict(teacher.text_embed.state_dict())
+    return student
+
+
+def _check_channels(utterances: Utterances, model: Any) -> None:
+    wanted, given = getattr(model, "channels", None), utterances[0].mel.shape[1]
+    if wanted is not None and wanted != given:
+        raise ConfigError(f"data.dataset: expected mels of {wanted} channels, got {given}")
+
+
+def _finish(section: ModelSection, device: torch.device) -> Any:
+    """What is done with batches on the device: CosyVoice's tokens become features there."""
+    if section.family not in ("cosyvoice2", "cosyvoice3"):
+        return None
+    from imf_kernels.data import Encoded
+
+    assert section.checkpoint is not None
+    with schema.naming("model.checkpoint"):
+        return Encoded(models.load_token_encoder(section.checkpoint).to(device))
+
+
+# -- data -----------------------------------------------------------------------------------------
+
+
+class Subset:
+    """Some of a dataset's utterances."""
+
+    def __init__(self, utterances: Utterances, indices: Sequence[int]) -> None:
+        self.utterances, self.indices = utterances, list(indices)
+        self.frames = [utterances.frames[i] for i in self.indices]
+        self.names = [utterances.names[i] for i in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Utterance:
+        return self.utterances[self.indices[index]]
+
+
+def split(utterances: Utterances, held_out: HeldOut | None) -> tuple[Any, Any]:
+    """What is trained on, and what is held out; by names alone, whatever their order.
+
+    Raises:
+        ConfigError: names that are not there; nothing on one of the sides.
+    """
+    if held_out is None:
+        return utterances, None
+    path, names = "data.held_out.names", utterances.names
+    if held_out.share is not None:
+        path = "data.held_out.share"
+        chosen = {name for name in names if _share_of(name) < held_out.share}
+    elif isinstance(held_out.names, str):
+        chosen = {line for line in Path(held_out.names).read_text().splitlines() if line}
+    else:
+        chosen = set(held_out.names or ())
+    if missing := chosen.difference(names):
+        raise ConfigError(f"{path}: expected names of the dataset, got {sorted(missing)[:3]}")
+    held = [i for i, name in enumerate(names) if name in chosen]
+    kept = [i for i, name in enumerate(names) if name not in chosen]
+    if not held or not kept:
+        raise ConfigError(
+            f"{path}: expected some utterances held out and some not, got {len(held)} and "
+            f"{len(kept)}"
+        )
+    held.sort(key=lambda i: _share_of(names[i]))
+    return Subset(utterances, kept), Subset(utterances, held[: held_out.items])
+
+
+def _share_of(name: str) -> float:
+    """A number in [0, 1) of a name."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _epoch(loader: Loader) -> Any:
+    return islice(loader(0), len(loader))
+
+
+# -- callbacks ------------------------------------------------------------------------------------
+
+
+def _callbacks(run: Run) -> list[object]:
+    """Those that add to records first."""
+    config, board = run.config, TensorBoard()
+    callbacks: list[object] = []
+    if config.validation is not None:
+        said = config.validation
+        with schema.naming("validation", ("every", "nfe")):
+            callbacks.append(
+                Validation(
+                    run.held_out,
+                    run.solves,
+                    every=said.every,
+                    nfe=said.nfe,
+                    grid=said.grid,
+                    extra=run.extra,
+                )
+            )
+    shown = config.previews
+    if shown is not None and run.shown is not None:
+        with schema.naming("previews", ("every", "nfe", "rate")):
+            callbacks.append(
+                Previews(
+                    run.shown,
+                    run.solves,
+                    every=shown.every,
+                    nfe=shown.nfe,
+                    vocoder=run.vocoder,
+                    rate=None if run.vocoder is None else shown.rate,
+                    tensorboard=board,
+                    extra=run.extra,
+                )
+            )
+    return [*callbacks, Progress(), JsonLines(), board]
+
+
+def _vocoder(config: Config, utterances: Any) -> Any:
+    named = None if config.previews is None else config.previews.vocoder
+    if named != "griffin_lim":
+        return named
+    from imf_kernels.data import Mel
+    from imf_kernels.distill.griffin_lim import GriffinLim
+
+    mel = getattr(utterances, "mel", None)
+    if not isinstance(mel, Mel):
+        raise ConfigError(
+            "previews.vocoder: expected a dataset with a `mel` for griffin_lim, got "
+            f"{type(utterances).__name__}"
+        )
+    return GriffinLim(mel)

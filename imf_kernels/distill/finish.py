@@ -1,0 +1,102 @@
+"""After training: the student as a plain model, its searched grids, its files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imf_kernels import grids, o3s
+from imf_kernels.distill import schema
+from imf_kernels.distill.build import Run, student_of
+from imf_kernels.distill.lora import adapters, merge_lora
+from imf_kernels.distill.parallel import gathered
+from imf_kernels.files import replacing
+from imf_kernels.models import CausalUNet, DiT, checkpoints, save_student
+from imf_kernels.objectives.batch import Batch
+
+
+def whole(run: Run) -> Any:
+    """The trained student without shards and adapters, in eval mode, on every rank."""
+    student = run.student
+    if any(hasattr(value, "full_tensor") for value in student.state_dict().values()):
+        state = {name: gathered(value) for name, value in student.state_dict().items()}
+        student = student_of(run.config.model, run.teacher.model)
+        student.load_state_dict(state)
+        student.to(run.accelerator.device)
+    return merge_lora(student) if adapters(student) else student.eval()
+
+
+def search_grids(run: Run, student: Any) -> dict[int, Tensor]:
+    """The best grid of each number of steps, on the held-out utterances, by all ranks.
+
+    `folder/o3s` holds the searches and every evaluation: one that was broken off goes on.
+    """
+    section = run.config.o3s
+    if section is None:
+        return {}
+    judge = _rmse if section.metric == "to_teacher" else section.metric
+    said = section.metric if isinstance(section.metric, str) else schema.name_of(section.metric)
+    names = ",".join(name for batch in run.held_out for name in batch.names)
+    found = {}
+    for nfe in section.nfe:
+        told = {} if run.extra is None else run.extra(nfe)
+        batches = [
+            replace(batch, conditions={**batch.conditions, **told}) for batch in run.held_out
+        ]
+
+        def compared(mel: Tensor, batch: Batch, batches: list[Batch] = batches) -> list[Any]:
+            """Of each row the frames that count, generated and as they should be."""
+            index = next(i for i, other in enumerate(batches) if other is batch)
+            fine = section.reference == "teacher"
+            goal = run.solves.of(run.held_out[index], index) if fine else batch.x1
+            rows = zip(mel, goal, batch.counted("span"), strict=True)
+            return [(row[counted].cpu(), wanted[counted].cpu()) for row, wanted, counted in rows]
+
+        result = o3s.find_grid(
+            student,
+            batches,
+            compared,
+            nfe,
+            higher_is_better=section.higher_is_better,
+            folder=run.config.folder / "o3s",
+            name=f"{said} of {section.reference} @ {names}",
+            seed=run.config.training.seed,
+            reduce=lambda pairs: float(judge(*map(list, zip(*pairs, strict=True)))),
+            **run.config.search_options(),
+        )
+        found[nfe] = result.grid
+        if run.accelerator.is_main_process:
+            print(
+                f"o3s, nfe {nfe}: {result.evaluations[0].value:.4g} to {result.value:.4g} on "
+                f"{[round(time, 3) for time in result.best.grid]} "
+                f"({len(result.evaluations)} evaluations, {result.stopped})",
+                flush=True,
+            )
+    return found
+
+
+def _rmse(generated: list[Tensor], references: list[Tensor]) -> float:
+    error = torch.cat(generated) - torch.cat(references)
+    return float(error.double().square().mean().sqrt())
+
+
+def write(run: Run, student: Any, found: dict[int, Tensor]) -> None:
+    """The student and its side file; of your own model a safetensors of its state dict."""
+    said = run.config.output
+    path = said.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid = found.get(said.nfe, grids.make(said.grid, said.nfe))
+    if isinstance(student, DiT | CausalUNet):
+        with schema.naming("output", ("like",)):
+            save_student(
+                student, path, like=said.like, grid=grid, guidance=run.config.model.guidance
+            )
+        return
+    state = {name: value.cpu().contiguous() for name, value in student.state_dict().items()}
+    checkpoints.write(path, state)
+    with replacing(path.with_suffix(".grid.json")) as temporary:
+        temporary.write_text(json.dumps(grid.tolist()))

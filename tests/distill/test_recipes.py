@@ -1,0 +1,126 @@
+"""The recipes: the small ones run, the large ones are read."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from imf_kernels.distill import config as configs
+from imf_kernels.distill.__main__ import main
+from imf_kernels.distill.logs import read
+from imf_kernels.models import checkpoints, load_cosyvoice2, load_f5, load_student
+from tests.distill import made
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def student(path):
+    held = load_student(path)
+    return held, held.model.state_dict()
+
+
+def test_f5_runs_and_resumes_to_the_bit(place):
+    made.f5(place)
+    recipe = str(RECIPES / "f5_tiny.yaml")
+    for folder in ("whole", "parts"):
+        updates = 4 if folder == "whole" else 3
+        chosen = [f"folder={folder}", f"output.path={folder}/student.safetensors"]
+        said = [f"--set={each}" for each in (*chosen, f"training.updates={updates}")]
+        if folder == "whole":
+            assert main([recipe, "--debug", *said]) == 0
+            continue
+        assert main([recipe, "--debug", *said, "--set=o3s=null"]) == 0
+        resumed = [f"--set={each}" for each in chosen]
+        command = [sys.executable, "-m", "imf_kernels.distill", recipe, *resumed]
+        there = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, env=there)
+        assert done.returncode == 0, done.stderr
+        assert "student: parts/student.safetensors" in done.stdout
+    whole, weights = student("whole/student.safetensors")
+    parts, others = student("parts/student.safetensors")
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert torch.equal(whole.grid, parts.grid)
+    assert len(whole.grid) == 3
+    assert whole.guidance == 3.0
+
+    teacher = load_f5("pretrained/model.safetensors", "f5_v1").student().state_dict()
+    frozen = {n for n in teacher if n.startswith("text_embed.") or n.endswith("inv_freq")}
+    moved = {n for n in teacher if not torch.equal(teacher[n], weights[n])}
+    assert moved == teacher.keys() - frozen
+    for folder in ("whole", "parts"):
+        records = read(place / folder / "log.jsonl")
+        assert [r["update"] for r in records] == [1, 2, 3, 4]
+        assert {"val/nfe1", "val/nfe2"} <= records[3].keys()
+        assert len(list((place / folder / "previews").glob("00000004*"))) == 4
+        assert list((place / folder / "tensorboard").iterdir())
+        assert (place / folder / "o3s/o3s_nfe2.json").exists()
+
+
+def test_cosyvoice2_runs(place):
+    made.cosyvoice2(place)
+    assert main([str(RECIPES / "cosyvoice2_tiny.yaml"), "--debug"]) == 0
+    held, weights = student("run/flow.pt")
+    teacher = load_cosyvoice2("pretrained/flow.pt").student().state_dict()
+    assert all(not torch.equal(weights[name], teacher[name]) for name in teacher)
+    assert held.guidance == pytest.approx(1.7)
+    assert len(held.grid) == 3
+    theirs = checkpoints.read("run/flow.pt")
+    before = checkpoints.read("pretrained/flow.pt")
+    assert theirs.keys() == before.keys(), "CosyVoice loads it strictly"
+    for name in before:
+        assert torch.equal(theirs[name], before[name]) != name.startswith("decoder."), name
+
+
+def test_lora_and_other_sizes(place):
+    """A student of adapters is written as a plain one; a smaller one keeps the text tower."""
+    made.f5(place)
+    recipe = str(RECIPES / "f5_tiny.yaml")
+    short = ["--set=previews=null", "--set=o3s=null", "--set=validation=null"]
+    short += ["--set=training.updates=1", "--set=training.warmup=0"]
+    pytest.importorskip("peft")
+    assert main([recipe, "--debug", *short, "--set=model.student.lora={rank: 2}"]) == 0
+    _, weights = student("run/student.safetensors")
+    teacher = load_f5("pretrained/model.safetensors", "f5_v1").student().state_dict()
+    assert weights.keys() == teacher.keys()
+    moved = {n.rpartition(".")[0] for n in teacher if not torch.equal(teacher[n], weights[n])}
+    assert {n.split(".")[-1] for n in moved} <= {"to_q", "to_k", "to_v", "0", "2"} | {
+        "time_embed_mixer"
+    }
+    assert "time_embed_mixer" in moved
+    assert "transformer_blocks.0.attn.to_q" in moved
+
+    smaller = ["--set=folder=small", "--set=model.student.sizes={depth: 1, dim: 16}"]
+    assert main([recipe, "--debug", *short, *smaller]) == 0
+    held, weights = student("run/student.safetensors")
+    assert (held.model.config.depth, held.model.config.dim) == (1, 16)
+    for name, value in teacher.items():
+        if name.startswith("text_embed."):
+            assert torch.equal(weights[name], value)
+
+
+@pytest.mark.parametrize("name", ["f5_base_8xa100", "cosyvoice2_8xa100"])
+def test_large_recipes_say_what_the_papers_tables_need(name, place):
+    document = configs.read(RECIPES / f"{name}.yaml")
+    checkpoint = document["model"]["checkpoint"]
+    if not checkpoint.startswith("hf://"):
+        (place / checkpoint).parent.mkdir(parents=True)
+        (place / checkpoint).touch()
+    config = configs.parse(document)
+    assert config.data.frames == 38_400
+    assert config.objective["nfe"] == 16
+    assert config.model.guidance == (3.0 if name.startswith("f5") else 1.7)
+    assert config.training.ema_decay is not None
+    assert config.o3s is not None
+    text = (RECIPES / f"{name}.yaml").read_text()
+    hours = config.training.updates * 5.17 / 3600
+    assert f"{hours:.1f} h" in text, "the estimate is of this many updates"
