@@ -4,12 +4,13 @@ import json
 import re
 from pathlib import Path
 
-import pytest
 import torch
 
 from benchmarks import buckets, distillation
+from imf_kernels.distill.__main__ import main as distill
 from imf_kernels.hosts.f5_tts import F5TTS
 from imf_kernels.models.token_encoder import LookaheadEncoder
+from tests.distill import made
 from tests.hosts.cosyvoice_host import HostCFM, HostFlow, small
 from tests.models.tools import small_model
 
@@ -67,9 +68,25 @@ def test_readme(tmp_path, monkeypatch):
     assert names["mel"].shape == (8, 120, 80)
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
-def test_docs(page, tmp_path, monkeypatch):
-    run(page, tmp_path, monkeypatch)
+def test_bring_your_own_model(tmp_path, monkeypatch):
+    run(ROOT / "docs/bring-your-own-model.md", tmp_path, monkeypatch)
+
+
+def test_distilling(tmp_path, monkeypatch):
+    """Its documents are run, each before the program that reads what it writes."""
+    page = ROOT / "docs/distilling.md"
+    parts = re.split(r"^## CosyVoice", page.read_text(), flags=re.MULTILINE)
+    for make, part in zip((made.f5, made.cosyvoice2), parts, strict=True):
+        place = tmp_path / make.__name__
+        place.mkdir()
+        monkeypatch.chdir(place)
+        make(place)
+        (document,) = re.findall(r"```yaml\n(.*?)```", part, re.DOTALL)
+        (place / "run.yaml").write_text(document)
+        (place / "part.md").write_text(part)
+        assert distill(["run.yaml", "--debug"]) == 0
+        names = run(place / "part.md", place, monkeypatch)
+    assert len(names["student"].grid) == 2
 
 
 def test_table_of_streams_is_the_committed_run():

@@ -113,7 +113,7 @@ def test_a_family_wants_its_file(document, tmp_path, monkeypatch):
 
 def test_files_that_are_no_documents(tmp_path):
     path = tmp_path / "run.yaml"
-    with pytest.raises(ConfigError, match="expected a YAML file, got .*run.yaml"):
+    with pytest.raises(ConfigError, match=r"expected a YAML file, got .*run\.yaml"):
         configs.load(path)
     path.write_text("a: [1")
     with pytest.raises(ConfigError, match="expected YAML"):

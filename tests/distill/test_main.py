@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from imf_kernels.distill.__main__ import main
 from imf_kernels.distill.logs import read
@@ -19,7 +20,7 @@ data:
   dataset: {kind: "tests.distill.own:Noises", count: 24}
   collate: {kind: "tests.distill.own:collate"}
   frames: 40
-  held_out: {share: 0.3, items: 5}
+  held_out: {share: 0.3, items: 3}
 training: {updates: 6, lr: 1e-3, warmup: 2, ema_decay: 0.9, save_every: 2, log_every: 1}
 validation: {every: 3, nfe: [1, 2], steps: 4}
 previews: {every: 6, items: 2, nfe: [1]}
@@ -53,3 +54,60 @@ def test_a_run_from_end_to_end(document, tmp_path, capsys):
     assert len(found["evaluations"]) == 4
     best = min(found["evaluations"], key=lambda e: e["value"])
     assert json.loads((folder / "student.grid.json").read_text()) == best["grid"]
+
+
+def test_a_dry_run_tells_and_trains_nothing(document, tmp_path, capsys):
+    assert main([document, "--dry-run", "--set", "training.lr=2e-3"]) == 0
+    said = capsys.readouterr().out
+    told = yaml.safe_load(said.partition("student: ")[0])
+    assert told["training"]["lr"] == 2e-3
+    assert told["training"]["clip"] == 1.0, "defaults are told too"
+    assert told["model"]["build"] == "tests.distill.own:model"
+    trained = sum(p.numel() for p in own.model(24).student().parameters())
+    assert f"student: {trained:,} parameters trained, 0 frozen" in said
+    assert "3 utterances held out" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_are_a_line(document, capsys):
+    for override, line in (
+        ("training.lr=fast", "error: training.lr: expected a number, got 'fast'"),
+        ("data.frames=3", "error: data.frames: expected no fewer than the longest utterance"),
+        ("data.dataset.channels=5", "error: data.dataset: expected mels of 4 channels, got 5"),
+        ("data.held_out.share=1e-9", "error: data.held_out.share: expected some utterances"),
+    ):
+        assert main([document, "--set", override]) == 1
+        said = capsys.readouterr()
+        assert said.err.startswith(line)
+        assert said.err.count("\n") == 1
+    with pytest.raises(ValueError, match=r"training\.lr"):
+        main([document, "--debug", "--set", "training.lr=fast"])
+
+
+def test_a_run_that_is_stopped_goes_on(document, tmp_path, capsys, monkeypatch):
+    """A signal ends it in order; the same command ends it as it would have."""
+    import signal
+
+    from imf_kernels.distill.logs import JsonLines
+
+    assert main([document, "--debug", "--set", "folder=whole"]) == 0
+    whole = checkpoints.read(tmp_path / "run/student.safetensors")
+    whole = {name: value.clone() for name, value in whole.items()}
+    (tmp_path / "run/student.safetensors").unlink()
+    updated = JsonLines.updated
+
+    def once(self, trainer, record):
+        updated(self, trainer, record)
+        if trainer.update == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(JsonLines, "updated", once)
+    capsys.readouterr()
+    assert main([document, "--debug"]) == 0
+    assert "SIGTERM: stopped after update 3" in capsys.readouterr().err
+    assert not (tmp_path / "run/student.safetensors").exists()
+    monkeypatch.setattr(JsonLines, "updated", updated)
+    assert main([document, "--debug"]) == 0
+    resumed = checkpoints.read(tmp_path / "run/student.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [r["update"] for r in read(tmp_path / "run/log.jsonl")] == [1, 2, 3, 4, 5, 6]
