@@ -124,3 +124,22 @@ def test_large_recipes_say_what_the_papers_tables_need(name, place):
     text = (RECIPES / f"{name}.yaml").read_text()
     hours = config.training.updates * 5.17 / 3600
     assert f"{hours:.1f} h" in text, "the estimate is of this many updates"
+
+
+def test_two_sharded_ranks_write_one_plain_student(place):
+    made.f5(place)
+    recipe = str(RECIPES / "f5_tiny.yaml")
+    chosen = ["--set=training.parallel=fsdp2", "--set=training.updates=2", "--set=previews=null"]
+    ranks = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, "-m", *ranks, "-m", "imf_kernels.distill", recipe, *chosen]
+    there = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=there)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("student: run/student.safetensors") == 1
+    held, weights = student("run/student.safetensors")
+    teacher = load_f5("pretrained/model.safetensors", "f5_v1").student().state_dict()
+    assert all(weights[name].shape == teacher[name].shape for name in teacher)
+    assert not torch.equal(weights["proj_out.weight"], teacher["proj_out.weight"])
+    assert len(held.grid) == 3
+    (last,) = (r for r in read(place / "run/log.jsonl") if r["update"] == 2)
+    assert 0 < last["val/nfe2"] < last["val/nfe1"]
