@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import nn
 from imf_kernels import models
 from imf_kernels.data import Loader, Utterance, Utterances
 from imf_kernels.distill import schema
-from imf_kernels.distill.config import Config, HeldOut, ModelSection
+from imf_kernels.distill.config import Config, HeldOut, ModelSection, StudentSection
 from imf_kernels.distill.held_out import Extra, FineSolves
 from imf_kernels.distill.logs import JsonLines, Progress, TensorBoard
 from imf_kernels.distill.lora import add_lora
@@ -97,21 +97,29 @@ def build(config: Config) -> Run:
         shown = shown if finish is None else finish(shown)
     steps = 32 if config.validation is None else config.validation.steps
     solves = FineSolves(teacher, config.folder / "solves", steps=steps, seed=settings.seed)
-    told = getattr(objective, "steps", None)
-    extra = None if told is None else lambda nfe: {told: nfe}
     return Run(
-        config,
-        accelerator,
-        teacher,
-        student,
-        objective,
-        loader,
-        held_out,
-        shown,
-        _vocoder(config, utterances),
-        solves,
-        extra,
+        config=config,
+        accelerator=accelerator,
+        teacher=teacher,
+        student=student,
+        objective=objective,
+        loader=loader,
+        held_out=held_out,
+        shown=shown,
+        vocoder=_vocoder(config, utterances),
+        solves=solves,
+        extra=_extra(config.model, objective),
     )
+
+
+def _extra(section: ModelSection, objective: Any) -> Extra | None:
+    """What a student is told, beyond a batch's conditions."""
+    steps, told = getattr(objective, "steps", None), {}
+    if section.student.guidance:
+        told["guidance"] = section.guidance
+    if steps is None and not told:
+        return None
+    return lambda nfe: told if steps is None else {**told, steps: nfe}
 
 
 # -- models ---------------------------------------------------------------------------------------
@@ -129,15 +137,17 @@ def teacher_model(section: ModelSection) -> Any:
 def student_of(section: ModelSection, teacher: Any) -> Any:
     """A trainable student: of its own weights, of its own sizes, or the teacher's copy."""
     said = section.student
+    options: dict[str, Any] = {"diagonal": said.diagonal} if said.diagonal != 1 else {}
+    options |= {"guidance": True} if said.guidance else {}  # your own need not know these
     with schema.naming("model.student", ("checkpoint", "sizes", "lora")):
         if said.checkpoint is not None:
             student = _load(section, said.checkpoint, "model.student.checkpoint")
-            student = student if student.config.mixer else student.student(said.diagonal)
+            student = student if student.config.mixer else student.student(**options)
             student.requires_grad_(True)
         elif said.sizes is not None:
-            student = _resized(teacher, said.sizes, said.diagonal)
+            student = _resized(teacher, said)
         else:
-            student = teacher.student(said.diagonal) if said.diagonal != 1 else teacher.student()
+            student = teacher.student(**options)
         if said.checkpoint_activations:
             student.checkpoint_activations = True
         if said.lora is not None:
@@ -164,17 +174,18 @@ def _load(section: ModelSection, path: str | None, where: str) -> Any:
         return models.load_f5(path, section.family)
 
 
-def _resized(teacher: Any, sizes: Mapping[str, Any], diagonal: float) -> Any:
+def _resized(teacher: Any, said: StudentSection) -> Any:
     """A student of random weights; F5's text tower is the teacher's, which stays frozen."""
-    fixed = {"mixer", "mixer_diagonal", "baked", "fp8", "text", "channels"}
+    fixed = {"mixer", "mixer_diagonal", "guidance", "baked", "fp8", "text", "channels"}
+    kept = {name: getattr(teacher.config, name) for name in ("dim", "depth", "heads")}
     given = schema.arguments(
         type(teacher.config),
-        {**{name: getattr(teacher.config, name) for name in ("dim", "depth", "heads")}, **sizes},
+        {**kept, **(said.sizes or {})},
         "model.student.sizes",
         hidden=fixed,
     )
-    config = replace(teacher.config, **given, mixer=True, mixer_diagonal=diagonal)
-    student = type(teacher)(config)
+    switches = {"mixer": True, "mixer_diagonal": said.diagonal, "guidance": said.guidance}
+    student = type(teacher)(replace(teacher.config, **given, **switches))
     if getattr(student, "text_embed", None) is not None:
         student.text_embed.load_state_dict(teacher.text_embed.state_dict())
     return student

@@ -58,6 +58,8 @@ class StudentSection:
         sizes: Begin with random weights of other sizes (`depth: 12`, fields of the model's config);
             F5's text tower stays the teacher's.
         diagonal: D of the mixer's initial `[D 0]`.
+        guidance: Tell it w, which `objective.guidance` then draws; validation, previews and O3S
+            tell it the teacher's.
         lora: Train adapters only.
         checkpoint_activations: Compute the blocks' activations twice instead of keeping them.
     """
@@ -65,6 +67,7 @@ class StudentSection:
     checkpoint: str | None = None
     sizes: Mapping[str, Any] | None = None
     diagonal: float = 1.0
+    guidance: bool = False
     lora: Lora | None = None
     checkpoint_activations: bool = False
 

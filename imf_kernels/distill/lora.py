@@ -14,6 +14,7 @@ from torch import nn
 from imf_kernels import checks
 from imf_kernels.models import TimeEmbedMixer
 from imf_kernels.models.estimator import Estimator
+from imf_kernels.models.time_embedding import GuidanceEmbedding
 
 Student = TypeVar("Student", bound=nn.Module)
 
@@ -30,7 +31,7 @@ def add_lora(
     alpha: int | None = None,
     targets: Sequence[str] = ("attention", "feed_forward"),
 ) -> Student:
-    """Put adapters on a student's linear layers, in place, and freeze all else but the mixers.
+    """Put adapters on a student's linear layers, in place, and freeze all else but the mixer.
 
     An adapter starts as zero: the student computes what it did. Its state dict holds the base
     weights and the adapters; `merge_lora` makes a plain student of it.
@@ -53,8 +54,7 @@ def add_lora(
         raise ValueError(f"targets: expected one or more, got {targets!r}")
     if adapters(student):
         raise ValueError("student: expected one without adapters, got some")
-    mixers = [module for module in student.modules() if isinstance(module, TimeEmbedMixer)]
-    if not mixers:
+    if not any(isinstance(module, TimeEmbedMixer) for module in student.modules()):
         raise ValueError(f"student: expected one with a mixer, got {type(student).__name__}")
     if isinstance(student, Estimator):  # of which other layers' weights are read
         for target in targets:
@@ -66,8 +66,9 @@ def add_lora(
     ends = [end for target in targets for end in TARGETS.get(target, (target,))]
     config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=ends)
     inject_adapter_in_model(config, student)
-    for mixer in mixers:
-        mixer.requires_grad_(True)
+    for module in student.modules():  # what a teacher has not
+        if isinstance(module, TimeEmbedMixer | GuidanceEmbedding):
+            module.requires_grad_(True)
     return student
 
 

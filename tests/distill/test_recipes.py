@@ -81,8 +81,8 @@ def test_cosyvoice2_runs(place):
         assert torch.equal(theirs[name], before[name]) != name.startswith("decoder."), name
 
 
-def test_lora_and_other_sizes(place):
-    """A student of adapters is written as a plain one; a smaller one keeps the text tower."""
+def test_other_students(place):
+    """Adapters are written merged; w is told; a smaller student keeps the text tower."""
     made.f5(place)
     recipe = str(RECIPES / "f5_tiny.yaml")
     short = ["--set=previews=null", "--set=o3s=null", "--set=validation=null"]
@@ -98,6 +98,13 @@ def test_lora_and_other_sizes(place):
     }
     assert "time_embed_mixer" in moved
     assert "transformer_blocks.0.attn.to_q" in moved
+
+    told = ["--set=folder=told", "--set=model.student.guidance=true", "--set=validation={steps: 2}"]
+    told += ["--set=objective.guidance=[1, 4]", "--set=validation.nfe=[1]"]
+    assert main([recipe, "--debug", *short, *told]) == 0
+    held, weights = student("run/student.safetensors")
+    assert held.model.config.guidance
+    assert read(place / "told/log.jsonl")[0]["val/nfe1"] > 0
 
     smaller = ["--set=folder=small", "--set=model.student.sizes={depth: 1, dim: 16}"]
     assert main([recipe, "--debug", *short, *smaller]) == 0
