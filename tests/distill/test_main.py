@@ -82,32 +82,3 @@ def test_errors_are_a_line(document, capsys):
         assert said.err.count("\n") == 1
     with pytest.raises(ValueError, match=r"training\.lr"):
         main([document, "--debug", "--set", "training.lr=fast"])
-
-
-def test_a_run_that_is_stopped_goes_on(document, tmp_path, capsys, monkeypatch):
-    """A signal ends it in order; the same command ends it as it would have."""
-    import signal
-
-    from imf_kernels.distill.logs import JsonLines
-
-    assert main([document, "--debug", "--set", "folder=whole"]) == 0
-    whole = checkpoints.read(tmp_path / "run/student.safetensors")
-    whole = {name: value.clone() for name, value in whole.items()}
-    (tmp_path / "run/student.safetensors").unlink()
-    updated = JsonLines.updated
-
-    def once(self, trainer, record):
-        updated(self, trainer, record)
-        if trainer.update == 2:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(JsonLines, "updated", once)
-    capsys.readouterr()
-    assert main([document, "--debug"]) == 0
-    assert "SIGTERM: stopped after update 3" in capsys.readouterr().err
-    assert not (tmp_path / "run/student.safetensors").exists()
-    monkeypatch.setattr(JsonLines, "updated", updated)
-    assert main([document, "--debug"]) == 0
-    resumed = checkpoints.read(tmp_path / "run/student.safetensors")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert [r["update"] for r in read(tmp_path / "run/log.jsonl")] == [1, 2, 3, 4, 5, 6]

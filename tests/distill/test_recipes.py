@@ -1,6 +1,7 @@
 """The recipes: the small ones run, the large ones are read."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from imf_kernels.distill import config as configs
 from imf_kernels.distill.__main__ import main
-from imf_kernels.distill.logs import read
+from imf_kernels.distill.logs import JsonLines, read
 from imf_kernels.models import checkpoints, load_cosyvoice2, load_f5, load_student
 from tests.distill import made
 
@@ -29,23 +30,30 @@ def student(path):
     return held, held.model.state_dict()
 
 
-def test_f5_runs_and_resumes_to_the_bit(place):
+def test_f5_runs_and_resumes_to_the_bit(place, monkeypatch):
     made.f5(place)
     recipe = str(RECIPES / "f5_tiny.yaml")
-    for folder in ("whole", "parts"):
-        updates = 4 if folder == "whole" else 3
-        chosen = [f"folder={folder}", f"output.path={folder}/student.safetensors"]
-        said = [f"--set={each}" for each in (*chosen, f"training.updates={updates}")]
-        if folder == "whole":
-            assert main([recipe, "--debug", *said]) == 0
-            continue
-        assert main([recipe, "--debug", *said, "--set=o3s=null"]) == 0
-        resumed = [f"--set={each}" for each in chosen]
-        command = [sys.executable, "-m", "imf_kernels.distill", recipe, *resumed]
-        there = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, capture_output=True, text=True, env=there)
-        assert done.returncode == 0, done.stderr
-        assert "student: parts/student.safetensors" in done.stdout
+
+    def chosen(folder):
+        return [f"--set=folder={folder}", f"--set=output.path={folder}/student.safetensors"]
+
+    assert main([recipe, "--debug", *chosen("whole")]) == 0
+    updated = JsonLines.updated
+
+    def interrupted(self, trainer, record):
+        updated(self, trainer, record)
+        if trainer.update == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(JsonLines, "updated", interrupted)
+        assert main([recipe, "--debug", *chosen("parts")]) == 0
+    assert not (place / "parts/student.safetensors").exists()
+    command = [sys.executable, "-m", "imf_kernels.distill", recipe, *chosen("parts")]
+    there = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=there)
+    assert done.returncode == 0, done.stderr
+    assert "student: parts/student.safetensors" in done.stdout
     whole, weights = student("whole/student.safetensors")
     parts, others = student("parts/student.safetensors")
     assert all(torch.equal(weights[name], others[name]) for name in weights)
