@@ -19,7 +19,7 @@ from imf_kernels.models import DiT
 from imf_kernels.objectives import Intervals, IntMeanFlow, RolloutCache
 from imf_kernels.teacher import Teacher
 
-GUIDANCE = 2.0
+GUIDANCE = 3.0
 FINE = 32
 """Steps of the teacher's reference solve."""
 FEW = (4, 3, 2, 1)

@@ -44,7 +44,7 @@ ALIGNED_SHARE = 0.25
 """Share of the updates over which the text goes from its true places to even ones."""
 
 HEARD_STEPS = 16
-HEARD_GUIDANCE = 2.0
+HEARD_GUIDANCE = 3.0
 SAVE_SECONDS = 180.0
 HEAR_SECONDS = 600.0
 
