@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from imf_kernels import seeds
-from imf_kernels.distill import guard, saves, stops
+from imf_kernels.distill import by_interval, guard, saves, stops
 from imf_kernels.distill.optimization import schedule, train_mode, trainable
 from imf_kernels.distill.parallel import connect, from_all
 from imf_kernels.distill.plain import Objective
@@ -51,8 +51,9 @@ class Trainer:
     Callbacks are objects with any of these methods, called on every rank:
         started(trainer): before the first update of this process, what was saved loaded.
         updated(trainer, record): after every update. `record` holds floats: update, loss, norm, lr,
-            seconds, frames (of all ranks), skipped (1 for a bad update), and the means over batches
-            and ranks of the objective's scalars. All ranks are to log the same names.
+            seconds, frames (of all ranks), skipped (1 for a bad update), the means over batches and
+            ranks of the objective's scalars, and where it tells of its rows error/0.00-0.25 and so
+            on, by their intervals' length. All ranks are to log the same names.
         saved(trainer, path): after every checkpoint.
         ended(trainer): when the run is done or a signal has stopped it, but not after an error.
 
@@ -211,21 +212,25 @@ class Trainer:
 
     def _reduced(self, evaluated: Sequence[Evaluated], norm: Any, stop: bool) -> dict[str, float]:
         """What all ranks have seen: one exchange, and the update's one wait for the device."""
-        scalars: dict[str, list[Tensor]] = {}
+        scalars: dict[str, list[Tensor]] = {"loss": [one.loss for one in evaluated]}
+        added = {"frames": [one.batch.lengths.sum() for one in evaluated]}
         for one in evaluated:
             for name, value in one.info.items():
-                if value.ndim == 0:
+                if value.ndim == 0 and name != "loss":
                     scalars.setdefault(name, []).append(value)
-        scalars["loss"] = [one.loss for one in evaluated]
+            for name, value in by_interval.sums(one.info).items():
+                added.setdefault(name, []).append(value)
         values = {name: torch.stack(each).float().mean() for name, each in scalars.items()}
-        values["frames"] = torch.stack([one.batch.lengths.sum() for one in evaluated]).sum()
         values["norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         values["stop"] = torch.tensor(float(stop))
+        values = {name: value / self.ranks for name, value in values.items()}
+        values |= {name: torch.stack(each).sum() for name, each in added.items()}
         device = self.accelerator.device
         names = sorted(values)
         seen = torch.stack([values[name].float().to(device, non_blocking=True) for name in names])
-        sums = dict(zip(names, self.accelerator.reduce(seen, "sum").tolist(), strict=True))
-        return {name: v if name == "frames" else v / self.ranks for name, v in sums.items()}
+        told = dict(zip(names, self.accelerator.reduce(seen, "sum").tolist(), strict=True))
+        errors = by_interval.means(told)
+        return told | errors
 
     def _report(self, why: str, evaluated: Sequence[Evaluated], seen: Mapping[str, float]) -> None:
         """Write down a bad update; end the run after too many."""
