@@ -4,7 +4,8 @@
 
     teacher   an update of IntMeanFlow at every teacher NFE; 0 is the student's part alone, which
               costs what flow matching does
-    targets   one rollout from noise, and the student's part with several of its intervals
+    targets   one rollout from noise, and the student's part with several of its intervals, each
+              backward before the next
     jvp       IntMeanFlow and MeanFlow at equal batch in float32, which derivatives want; ours takes
               the derivative apart, without gradient, the published one records it
 
@@ -33,7 +34,7 @@ from benchmarks.timing import Run, interleaved
 from benchmarks.training import GUIDANCE, Trained, draw, peak_bytes, step, trained
 from benchmarks.workload import build
 from imf_kernels import Batch, IntMeanFlow, MeanFlow, Teacher, backend
-from imf_kernels.objectives import LogitNormal, total_derivative
+from imf_kernels.objectives import LogitNormal, RolloutCache, total_derivative
 from imf_kernels.objectives.students import Prepared
 
 PAPER = {0: 0.93, 2: 1.12, 4: 1.74, 8: 2.91, 16: 5.17}
@@ -52,15 +53,21 @@ def targets_part(it: Trained, drawn: Any, args: argparse.Namespace) -> dict[str,
     batch, _ = drawn
     nfe = max(args.nfe)
 
-    def objective(targets: int) -> IntMeanFlow:
+    def objective(targets: int, cache: RolloutCache | None = None) -> IntMeanFlow:
         teacher = Teacher(it.teacher, GUIDANCE)
-        return IntMeanFlow(teacher, nfe=nfe, source="noise", targets=targets)
+        return IntMeanFlow(teacher, nfe=nfe, source="noise", targets=targets, cache=cache)
 
-    rollout = objective(1).rollout(batch)
+    def last_loss(objective: IntMeanFlow) -> Tensor:
+        *others, last = objective.by_target(it.called, batch)
+        for other in others:
+            other()[0].backward()
+        return last()[0]
+
+    kept = RolloutCache(1)
+    kept.add(objective(1).rollout(batch))
     runs: dict[str, Loss] = {"rollout": lambda: objective(1).rollout(batch).states}
     for targets in args.targets:
-        loss = objective(targets).loss
-        runs[f"{targets} targets"] = lambda loss=loss: loss(it.called, rollout)[0]
+        runs[f"{targets} targets"] = functools.partial(last_loss, objective(targets, kept))
     return runs
 
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,11 +205,19 @@ class Trainer:
                 f"batches: expected {self.settings.updates * accumulate} of them, got {position}"
             )
         torch.manual_seed(seeds.seed(self.settings.seed, position * self.ranks + self.rank))
-        with self._state.spread.accumulating(i + 1 < accumulate):
+        spread, losses, infos = self._state.spread, [], []
+        parts = [partial(self.objective, spread.outer, batch)]
+        if hasattr(self.objective, "by_target"):  # the activations of one target at a time
             with self.autocast():
-                loss, info = self.objective(self._state.spread.outer, batch)
-            (loss / accumulate).backward()
-        return Evaluated(batch, loss.detach(), info)
+                parts = self.objective.by_target(spread.outer, batch)
+        for k, part in enumerate(parts, 1):
+            with spread.accumulating(more=i + 1 < accumulate or k < len(parts)):
+                with self.autocast():
+                    loss, info = part()
+                (loss / (accumulate * len(parts))).backward()
+            losses.append(loss.detach())
+            infos.append(info)
+        return Evaluated(batch, torch.stack(losses).mean(), _merged(infos))
 
     def _reduced(self, evaluated: Sequence[Evaluated], norm: Any, stop: bool) -> dict[str, float]:
         """What all ranks have seen: one exchange, and the update's one wait for the device."""
@@ -252,3 +261,12 @@ class Trainer:
             method = getattr(callback, name, None)
             if method is not None:
                 method(self, *arguments)
+
+
+def _merged(infos: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What is told of the parts of a batch, as of the whole: rows behind one another."""
+    merged = {}
+    for name in infos[0]:
+        each = [info[name] for info in infos]
+        merged[name] = torch.stack(each).mean() if each[0].ndim == 0 else torch.cat(each)
+    return merged

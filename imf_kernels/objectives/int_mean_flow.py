@@ -8,7 +8,8 @@ No JVP and no self-bootstrap; the student runs without guidance, for one w or to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,11 +107,19 @@ class IntMeanFlow(Stateful):
 
     def __call__(self, student: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached values to log."""
-        if self.cache is None:
-            return self.loss(student, self.rollout(batch))
-        if self.cache.wants_new():
-            self.cache.add(self.rollout(batch))
-        return self.loss(student, self.cache.deal(batch.x1.device))
+        return self.loss(student, self._rollout_for(batch))
+
+    def by_target(
+        self, student: Any, batch: Batch
+    ) -> list[Callable[[], tuple[Tensor, dict[str, Tensor]]]]:
+        """The same a target at a time: the mean of what these return is the loss.
+
+        Run each backward before the next is called, and the activations of one target are held
+        instead of those of all.
+        """
+        rollout = self._rollout_for(batch)
+        targets = self._targets(rollout)
+        return [partial(self._regress, student, rollout, [target]) for target in targets]
 
     def remembered(self) -> dict[str, Any]:
         cache = {} if self.cache is None else {"cache": self.cache.remembered()}
@@ -149,11 +158,24 @@ class IntMeanFlow(Stateful):
 
     def loss(self, student: Any, rollout: TeacherRollout) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's part: one evaluation with gradient per target."""
+        return self._regress(student, rollout, self._targets(rollout))
+
+    def _rollout_for(self, batch: Batch) -> TeacherRollout:
+        """A new one of this batch, or what the cache deals."""
+        if self.cache is None:
+            return self.rollout(batch)
+        if self.cache.wants_new():
+            self.cache.add(self.rollout(batch))
+        return self.cache.deal(batch.x1.device)
+
+    def _regress(
+        self, student: Any, rollout: TeacherRollout, targets: Sequence[Target]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         told = {} if rollout.guidance is None else {"guidance": rollout.guidance}
         student = Prepared(student, rollout.batch, **told)
         mask = rollout.batch.counted(self.region)
         losses, row_errors, lengths = [], [], []
-        for target in self._targets(rollout):
+        for target in targets:
             loss, rows = mean_velocity_loss(
                 student(target.z, target.t, target.r),
                 target.displacement,

@@ -133,7 +133,10 @@ class RolloutCache(Stateful):
         """Whether this call should add a rollout."""
         if len(self) < self.capacity:
             return True
-        return self.refresh > 0 and float(torch.rand((), generator=self.generator)) < self.refresh
+        return (
+            self.refresh > 0
+            and float(torch.rand((), generator=self.generator, device="cpu")) < self.refresh
+        )
 
     def add(self, rollout: TeacherRollout) -> None:
         if len(self) < self.capacity:
@@ -144,7 +147,7 @@ class RolloutCache(Stateful):
 
     def deal(self, device: torch.device | None = None) -> TeacherRollout:
         """One of the rollouts, uniformly; on a device, where those of a loaded state move to."""
-        index = int(torch.randint(len(self), (), generator=self.generator))
+        index = int(torch.randint(len(self), (), generator=self.generator, device="cpu"))
         if device is not None:
             self._rollouts[index] = self._rollouts[index].to(device)
         return self._rollouts[index]

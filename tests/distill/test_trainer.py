@@ -250,3 +250,21 @@ def test_names_the_extra_without_accelerate(tmp_path, monkeypatch):
 def test_settings_are_checked(name, value, expected):
     with pytest.raises(ValueError, match=f"{name}: expected {expected}, got"):
         Settings(**({"updates": 10} | {name: value}))
+
+
+def test_targets_are_taken_one_at_a_time(tmp_path):
+    """Where the objective can give them so: the same run, and the same of it told."""
+
+    def whole(student, batch):
+        return of_whole(student, batch)
+
+    options = {"source": "noise", "targets": 3}
+    of_whole, found = objective(**options), []
+    for name, made in (("whole", whole), ("apart", objective(**options))):
+        records = Records()
+        student = trainer(tmp_path / name, 3, made=made, callbacks=[records], accumulate=2).run()
+        told = [{k: v for k, v in r.items() if k != "seconds"} for r in records.records]
+        found.append((weights(student), told))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert one == pytest.approx(other, rel=1e-5)

@@ -11,7 +11,7 @@ from imf_kernels import Batch, IntMeanFlow, MeanFlow, SplitMeanFlow, Teacher
 from imf_kernels.objectives import Intervals, RolloutCache, TeacherRollout
 from imf_kernels.objectives.rollouts import draw_pairs
 from tests.flows import FLOWS, GUIDED, Gaussian, Linear, MeanVelocity, relative_error
-from tests.objectives.tools import Scale, Wrapped, batch, seeded
+from tests.objectives.tools import Scale, Small, Wrapped, batch, seeded
 
 FULL = Intervals(full=1.0)
 
@@ -602,3 +602,27 @@ def test_a_wrapped_student_trains():
     loss, _ = objective(Wrapped(inner), batch())
     objective = IntMeanFlow(Teacher(Linear(-1.2, 0.7)), nfe=2, generator=seeded())
     assert torch.equal(loss, objective(inner, batch())[0])
+
+
+def test_a_target_at_a_time():
+    """The same loss, gradients, draws and info, without all graphs at once."""
+    found = []
+    for apart in (False, True):
+        student, options = Small(), {"nfe": 4, "source": "noise", "targets": 3}
+        made = IntMeanFlow(Teacher(FLOWS["gaussian"]), **options, generator=seeded(2))
+        material = batch(channels=1, dtype=torch.float32)
+        parts = [lambda s=student, m=material, o=made: o(s, m)]
+        if apart:
+            parts = made.by_target(student, material)
+            assert len(parts) == 3
+        losses, infos = [], []
+        for part in parts:
+            loss, info = part()
+            (loss / len(parts)).backward()
+            losses.append(loss.detach())
+            infos.append(info)
+        rows = torch.cat([info["row_error"] for info in infos])
+        lengths = torch.cat([info["interval"] for info in infos])
+        grads = [p.grad for p in student.parameters()]
+        found.append((torch.stack(losses).mean(), rows, lengths, grads))
+    torch.testing.assert_close(*found)
