@@ -189,16 +189,23 @@ def described(hint: Any) -> str:
 
 
 def _first(given: Any, hint: Any, inside: tuple[Any, ...], path: str) -> Any:
-    """As the first member of a union that fits."""
+    """As the first member of a union that fits; of classes first those that know all keys."""
     if given is None and type(None) in inside:
         return None
-    for member in inside:
+    for member in sorted(inside, key=lambda member: not _knows(member, given)):
         try:
             return value(given, member, path)
         except _Mismatch as error:
             if not str(error).startswith(f"{path}: "):  # this one was meant
                 raise
     raise _Mismatch(f"{path}: expected {described(hint)}, got {given!r}")
+
+
+def _knows(hint: Any, given: Any) -> bool:
+    """Whether a mapping's keys are all arguments of this class."""
+    if not (isinstance(given, Mapping) and _constructed(hint)):
+        return False
+    return set(given) <= set(inspect.signature(hint).parameters)
 
 
 def _number(given: Any) -> float | None:

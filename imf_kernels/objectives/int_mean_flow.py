@@ -93,6 +93,8 @@ class IntMeanFlow(Stateful):
         checks.choice("source", source, ("data", "noise"))
         checks.choice("region", region, ("span", "all"))
         self.intervals = intervals if intervals is not None else Intervals()
+        if not isinstance(self.intervals, Intervals):
+            raise TypeError(f"intervals: expected Intervals, got {self.intervals}")
         of_pairs = Intervals(full=self.intervals.full, curriculum=self.intervals.curriculum)
         if source == "noise" and self.intervals != of_pairs:
             raise ValueError(

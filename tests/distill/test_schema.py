@@ -112,6 +112,26 @@ def test_errors_name_the_path(given, message):
         make(Outer, given, "run")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Other:
+    a: float = 2.0
+    b: float = 3.0
+
+
+def test_a_mapping_is_the_first_class_of_a_union_that_has_all_its_keys():
+    def either(inner: Inner | Other | None = None) -> Inner | Other | None:
+        return inner
+
+    assert make(either, {"inner": {"b": 1}}, "run") == Other(b=1.0)
+    assert make(either, {"inner": {"a": 4, "b": 1}}, "run") == Other(a=4.0, b=1.0)
+    assert make(either, {"inner": {"a": 4}}, "run") == Inner(a=4.0)
+    assert make(either, {"inner": {}}, "run") == Inner()
+    with pytest.raises(ConfigError, match=r"^run\.inner\.c: expected one of a, got this key"):
+        make(either, {"inner": {"c": 2}}, "run")
+    with pytest.raises(ConfigError, match=r"^run\.inner\.b: expected a number, got 'x'"):
+        make(either, {"inner": {"b": "x"}}, "run")
+
+
 def test_hidden_parameters_are_given_by_the_caller():
     made = make(Hidden, {"depth": 2}, "model", fixed={"teacher": "t"})
     assert (made.teacher, made.depth) == ("t", 2)

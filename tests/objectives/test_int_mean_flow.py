@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from imf_kernels import Batch, IntMeanFlow, MeanFlow, SplitMeanFlow, Teacher
-from imf_kernels.objectives import Intervals, RolloutCache, TeacherRollout
+from imf_kernels.objectives import Intervals, LogitNormal, RolloutCache, TeacherRollout
 from imf_kernels.objectives.rollouts import draw_pairs
 from tests.flows import FLOWS, GUIDED, Gaussian, Linear, MeanVelocity, relative_error
 from tests.objectives.tools import Scale, Small, Wrapped, batch, seeded
@@ -384,6 +384,11 @@ def test_bounds_of_intervals(a, b, min_length, full, share, seed):
     assert ((r - t >= min_length - 1e-7) | (r == t)).all()
     if boundary == 0:
         assert (r > t).all()
+
+
+def test_times_that_are_no_intervals():
+    with pytest.raises(TypeError, match=r"intervals: expected Intervals, got LogitNormal\(mean="):
+        IntMeanFlow(Teacher(FLOWS["linear"]), intervals=LogitNormal())
 
 
 def test_shares_of_intervals():
