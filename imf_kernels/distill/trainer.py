@@ -53,8 +53,9 @@ class Trainer:
         started(trainer): before the first update of this process, what was saved loaded.
         updated(trainer, record): after every update. `record` holds floats: update, loss, norm, lr,
             seconds, frames (of all ranks), skipped (1 for a bad update), the means over batches and
-            ranks of the objective's scalars, and where it tells of its rows error/0.00-0.25 and so
-            on, by their intervals' length. All ranks are to log the same names.
+            ranks of the objective's scalars (of those that are not NaN), and where it tells of its
+            rows error/0.00-0.25 and so on, by their intervals' length. All ranks are to log the
+            same names.
         saved(trainer, path): after every checkpoint.
         ended(trainer): when the run is done or a signal has stopped it, but not after an error.
 
@@ -221,15 +222,12 @@ class Trainer:
 
     def _reduced(self, evaluated: Sequence[Evaluated], norm: Any, stop: bool) -> dict[str, float]:
         """What all ranks have seen: one exchange, and the update's one wait for the device."""
-        scalars: dict[str, list[Tensor]] = {"loss": [one.loss for one in evaluated]}
         added = {"frames": [one.batch.lengths.sum() for one in evaluated]}
         for one in evaluated:
-            for name, value in one.info.items():
-                if value.ndim == 0 and name != "loss":
-                    scalars.setdefault(name, []).append(value)
-            for name, value in by_interval.sums(one.info).items():
+            sums = _known(one.info) | by_interval.sums(one.info)
+            for name, value in sums.items():
                 added.setdefault(name, []).append(value)
-        values = {name: torch.stack(each).float().mean() for name, each in scalars.items()}
+        values = {"loss": torch.stack([one.loss for one in evaluated]).float().mean()}
         values["norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         values["stop"] = torch.tensor(float(stop))
         values = {name: value / self.ranks for name, value in values.items()}
@@ -239,7 +237,7 @@ class Trainer:
         seen = torch.stack([values[name].float().to(device, non_blocking=True) for name in names])
         told = dict(zip(names, self.accelerator.reduce(seen, "sum").tolist(), strict=True))
         errors = by_interval.means(told)
-        return told | errors
+        return _means(told) | errors
 
     def _report(self, why: str, evaluated: Sequence[Evaluated], seen: Mapping[str, float]) -> None:
         """Write down a bad update; end the run after too many."""
@@ -263,10 +261,32 @@ class Trainer:
                 method(self, *arguments)
 
 
+def _known(info: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The scalars that an objective logs, and how many each is of: none where it is NaN."""
+    found: dict[str, Tensor] = {}
+    for name, value in info.items():
+        if value.ndim == 0 and name != "loss":
+            known = ~value.isnan()
+            found |= {f"sum {name}": torch.where(known, value.float(), 0.0), f"of {name}": known}
+    return found
+
+
+def _means(told: Mapping[str, float]) -> dict[str, float]:
+    """With the means of what `_known` named, added up; without those of nothing."""
+    found = {}
+    for name, value in told.items():
+        kind, _, of = name.partition(" ")
+        if not of:
+            found[name] = value
+        elif kind == "sum" and told[f"of {of}"]:
+            found[of] = value / told[f"of {of}"]
+    return found
+
+
 def _merged(infos: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """What is told of the parts of a batch, as of the whole: rows behind one another."""
     merged = {}
     for name in infos[0]:
         each = [info[name] for info in infos]
-        merged[name] = torch.stack(each).mean() if each[0].ndim == 0 else torch.cat(each)
+        merged[name] = torch.stack(each).nanmean() if each[0].ndim == 0 else torch.cat(each)
     return merged

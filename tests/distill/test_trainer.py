@@ -72,6 +72,35 @@ def test_scalars_are_means_over_those_that_were_logged(tmp_path):
     assert [r["loss"] for r in records.records] == [1.5, 5.5]
 
 
+def test_scalars_are_means_over_those_that_are_known(tmp_path):
+    records = Records()
+
+    def objective(student, batch):
+        loss, info = pull(student, batch)
+        k = objective.calls = objective.calls + 1
+        odd = torch.tensor(float(k) if k % 2 else math.nan)
+        return loss, info | {"odd": odd, "never": torch.tensor(math.nan)}
+
+    objective.calls = 0
+    trainer(tmp_path, 2, Affine(), objective, accumulate=3, callbacks=[records]).run()
+    assert [record["odd"] for record in records.records] == [2.0, 5.0]
+    assert not any("never" in name or " " in name for name in records.records[0])
+
+
+def test_a_loss_that_is_not_a_number_stays_one(tmp_path):
+    records = Records()
+
+    def objective(student, batch):
+        loss, info = pull(student, batch)
+        objective.calls += 1
+        return loss * (math.nan if objective.calls == 2 else 1.0), info
+
+    objective.calls = 0
+    with pytest.warns(UserWarning, match="update 1 skipped: loss nan"):
+        trainer(tmp_path, 2, Affine(), objective, accumulate=2, callbacks=[records]).run()
+    assert math.isnan(records.records[0]["loss"])
+
+
 def test_accumulated_batches_are_one_update_on_their_mean(tmp_path):
     """With an objective that draws nothing."""
 
