@@ -21,7 +21,7 @@ from imf_kernels.objectives import draws
 from imf_kernels.objectives.batch import Batch
 from imf_kernels.objectives.rollouts import TeacherRollout
 from imf_kernels.objectives.state import Stateful
-from imf_kernels.objectives.students import Prepared, regress
+from imf_kernels.objectives.students import Prepared, expect_untold, regress
 from imf_kernels.solver import euler, row_lengths
 from imf_kernels.teacher import Teacher
 
@@ -85,6 +85,7 @@ class DSFlow(Stateful):
 
     def __call__(self, student: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached values to log."""
+        expect_untold(student, self)
         count = self.counts[self.calls % len(self.counts)]
         self.calls += 1
         # evenly spread: every 50th call for a share of .02

@@ -19,7 +19,7 @@ from imf_kernels.objectives import draws, total_derivative
 from imf_kernels.objectives.batch import Batch
 from imf_kernels.objectives.intervals import Intervals, LogitNormal, at, start_of
 from imf_kernels.objectives.state import Stateful
-from imf_kernels.objectives.students import Prepared, regress
+from imf_kernels.objectives.students import Prepared, expect_untold, regress
 from imf_kernels.teacher import Teacher
 
 
@@ -28,7 +28,9 @@ class MeanFlow(Stateful):
 
     Beside the evaluation with gradient a call costs, without gradient: with "jvp" one evaluation of
     the student and its tangents on reference ops, attention scores and all; with "difference" two
-    evaluations on fused ops, `one_sided` one. And one of the teacher, if there is one.
+    evaluations on fused ops, `one_sided` one. And one of the teacher, if there is one. Rows with
+    r = t pay for the derivative too, though their target is v alone: which these are is known on
+    the device only.
 
     Args:
         teacher: v is its guided velocity; None: the data's own, `z_1 - z_0`, from scratch.
@@ -52,7 +54,7 @@ class MeanFlow(Stateful):
         self,
         teacher: Teacher | None = None,
         *,
-        intervals: Intervals | LogitNormal | None = None,
+        intervals: LogitNormal | Intervals | None = None,
         derivative: str = "jvp",
         step: float = total_derivative.STEP,
         one_sided: bool = False,
@@ -77,6 +79,7 @@ class MeanFlow(Stateful):
 
     def __call__(self, student: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached values to log."""
+        expect_untold(student, self)
         x1 = batch.x1.detach()
         rows, device = x1.shape[0], x1.device
         drawn = self.intervals.draw(rows, self.generator, device, **at(self.progress))

@@ -19,7 +19,7 @@ from imf_kernels.objectives import draws
 from imf_kernels.objectives.batch import Batch
 from imf_kernels.objectives.intervals import Intervals, at, start_of
 from imf_kernels.objectives.state import Stateful
-from imf_kernels.objectives.students import Prepared, regress, scale
+from imf_kernels.objectives.students import Prepared, expect_untold, regress, scale
 from imf_kernels.teacher import Teacher
 
 
@@ -27,8 +27,9 @@ class SplitMeanFlow(Stateful):
     """`loss, info = objective(student, batch)`, in any training loop; see `IntMeanFlow`.
 
     A call costs three evaluations of the student, one of them with gradient, and one of the guided
-    teacher. `info["scale"]` is the rms of u over intervals over that of the teacher's velocity
-    there: healthy near 1 (means are somewhat smaller), collapsing towards 0.
+    teacher, all of every row: which rows have r = t is known on the device only. `info["scale"]` is
+    the rms of u over intervals over that of the teacher's velocity there: healthy near 1 (means are
+    somewhat smaller), collapsing towards 0, and NaN for a batch without intervals.
 
     Args:
         teacher: The guided teacher.
@@ -58,6 +59,7 @@ class SplitMeanFlow(Stateful):
 
     def __call__(self, student: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached values to log."""
+        expect_untold(student, self)
         x1 = batch.x1.detach()
         rows, device = x1.shape[0], x1.device
         drawn = self.intervals.draw(rows, self.generator, device, **at(self.progress))

@@ -30,7 +30,7 @@ class Prepared:
                 f"got {type(student).__name__}, outside of whose forward it has no weights"
             )
         self.outer = student
-        self.inner = student if hasattr(student, "prepare") else student.module
+        self.inner = _inner(student)
         if hasattr(self.inner, "keep_weights_apart") and _sharded(self.inner):
             self.inner.keep_weights_apart()
         self.cond = self.inner.prepare(lengths=batch.lengths, **batch.conditions, **conditions)
@@ -38,6 +38,23 @@ class Prepared:
     def __call__(self, z: Tensor, t: Tensor, r: Tensor, *, inner: bool = False) -> Tensor:
         model: Any = self.inner if inner else self.outer
         return model(z.to(model_dtype(self.inner, z.dtype)), t, r, self.cond)
+
+
+def expect_untold(student: Any, objective: object) -> None:
+    """For objectives of one guidance.
+
+    Raises:
+        ValueError: a student that is told its guidance.
+    """
+    if getattr(getattr(_inner(student), "config", None), "guidance", False):
+        raise ValueError(
+            "student: expected one that is not told its guidance, which IntMeanFlow draws and "
+            f"{type(objective).__name__} does not, got one of `model.student(guidance=True)`"
+        )
+
+
+def _inner(student: Any) -> Any:
+    return student if hasattr(student, "prepare") else student.module
 
 
 def _sharded(model: nn.Module) -> bool:

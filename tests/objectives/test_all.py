@@ -9,6 +9,7 @@ from torch import multiprocessing, nn
 from imf_kernels import Batch, DSFlow, Teacher, sampler
 from imf_kernels.objectives import TeacherRollout
 from tests.flows import FLOWS, GUIDED, Linear
+from tests.models.tools import small_model
 from tests.objectives import ranks
 from tests.objectives.tools import Scale, Small, Wrapped, batch, real_batch, real_student, seeded
 
@@ -138,6 +139,14 @@ def test_teacher_of_another_size_and_family(name):
     loss, _ = objective(name, teacher)(student, material)
     loss.backward()
     assert student.proj_out.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["SplitMeanFlow", "DSFlow", "MeanFlow"])
+def test_a_student_that_is_told_its_guidance_is_refused(name):
+    student = small_model("f5_v1", depth=1).student(guidance=True)
+    for wrap in (lambda s: s, Wrapped):
+        with pytest.raises(ValueError, match=f"student: expected .* {name} does not, got one of"):
+            objective(name)(wrap(student), batch())
 
 
 def test_two_processes_train_as_one(tmp_path):
