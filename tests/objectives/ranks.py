@@ -7,11 +7,13 @@ import gc
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from imf_kernels import DSFlow, IntMeanFlow, MeanFlow, SplitMeanFlow, Teacher
+from imf_kernels.models import StepTokenDiT
 from tests.objectives.tools import real_batch, real_student, seeded
 
 
@@ -61,23 +63,43 @@ def work(rank, rendezvous):
     dist.destroy_process_group()
 
 
+def cases(model):
+    """By name a student, and its objective for a seed."""
+    teacher = Teacher(model, 2.0)
+    told, steps = model.student(guidance=True), StepTokenDiT.of(model, (1, 2), 2)
+    for k, parameters in enumerate((told.guidance_embed.parameters(), [steps.step_tokens])):
+        for parameter in parameters:
+            nn.init.normal_(parameter, std=0.1, generator=seeded(k))
+
+    def drawn(seed):
+        return IntMeanFlow(teacher, nfe=2, guidance=(1.0, 4.0), generator=seeded(seed))
+
+    def counted(seed):
+        options = {"nfe": 2, "counts": (1, 2), "p_uncond": 0.5, "steps": "steps"}
+        return DSFlow(teacher, **options, generator=seeded(seed))
+
+    plain = {
+        name: (model, lambda seed, name=name: objectives(teacher, seed)[name])
+        for name in objectives(teacher, 0)
+    }
+    return plain | {"told its guidance": (told, drawn), "step tokens": (steps, counted)}
+
+
 def compare(rank):
     model = real_student("f5_v1", depth=1)
-    teacher = Teacher(model, 2.0)
     batches = [real_batch(model, lengths) for lengths in ((7, 4), (5, 6))]
-    both = [objectives(teacher, seed) for seed in range(2)]
-    before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    for name in both[0]:
-        pairs = [(each[name], batch) for each, batch in zip(both, batches, strict=True)]
+    for name, (student, make) in cases(model).items():
+        pairs = [(make(seed), batch) for seed, batch in enumerate(batches)]
+        before = torch.cat([p.detach().flatten() for p in student.parameters()])
 
         def alone(student, pairs=pairs):
             return sum(objective(student, batch)[0] for objective, batch in pairs) / 2
 
-        want = train(copy.deepcopy(model), alone) if rank == 0 else before
+        want = train(copy.deepcopy(student), alone) if rank == 0 else before
         for wrap in (data_parallel, sharded):
-            objective, batch = objectives(teacher, rank)[name], batches[rank]
-            student = wrap(copy.deepcopy(model))
-            got = train(student, lambda student, o=objective, b=batch: o(student, b)[0])
+            objective, batch = make(rank), batches[rank]
+            wrapped = wrap(copy.deepcopy(student))
+            got = train(wrapped, lambda student, o=objective, b=batch: o(student, b)[0])
             if rank == 0:
                 error = float((got - want).norm() / (want - before).norm())
                 assert error < 1e-4, f"{name}, {wrap.__name__}: {error}"
