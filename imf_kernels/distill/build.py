@@ -139,6 +139,7 @@ def student_of(section: ModelSection, teacher: Any) -> Any:
     said = section.student
     options: dict[str, Any] = {"diagonal": said.diagonal} if said.diagonal != 1 else {}
     options |= {"guidance": True} if said.guidance else {}  # your own need not know these
+    tokens = said.step_tokens
     with schema.naming("model.student", ("checkpoint", "sizes", "lora")):
         if said.checkpoint is not None:
             student = _load(section, said.checkpoint, "model.student.checkpoint")
@@ -146,6 +147,8 @@ def student_of(section: ModelSection, teacher: Any) -> Any:
             student.requires_grad_(True)
         elif said.sizes is not None:
             student = _resized(teacher, said)
+        elif tokens is not None:
+            student = models.StepTokenDiT.of(teacher, tokens.counts, tokens.tokens)
         else:
             student = teacher.student(**options)
         if said.checkpoint_activations:

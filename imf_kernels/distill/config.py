@@ -50,6 +50,14 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepTokens:
+    """See `models.StepTokenDiT`."""
+
+    counts: tuple[int, ...] = (1, 2, 4)
+    tokens: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudentSection:
     """What the student is, other than a copy of the teacher with a mixer.
 
@@ -60,6 +68,8 @@ class StudentSection:
         diagonal: D of the mixer's initial `[D 0]`.
         guidance: Tell it w, which `objective.guidance` then draws; validation, previews and O3S
             tell it the teacher's.
+        step_tokens: Tell a DiT its number of steps in place of times; `ds_flow` trains these, and
+            everything else may ask for no others.
         lora: Train adapters only.
         checkpoint_activations: Compute the blocks' activations twice instead of keeping them.
     """
@@ -68,6 +78,7 @@ class StudentSection:
     sizes: Mapping[str, Any] | None = None
     diagonal: float = 1.0
     guidance: bool = False
+    step_tokens: StepTokens | None = None
     lora: Lora | None = None
     checkpoint_activations: bool = False
 
@@ -75,6 +86,12 @@ class StudentSection:
         if self.checkpoint is not None and self.sizes is not None:
             raise ValueError(
                 "sizes: expected none beside a checkpoint, which has its own, got some"
+            )
+        others = (self.checkpoint, self.sizes, self.lora, self.guidance or None)
+        if self.step_tokens is not None and (self.diagonal != 1 or others.count(None) < 4):
+            raise ValueError(
+                "step_tokens: expected neither checkpoint, sizes, diagonal, guidance nor lora "
+                "beside it, got some"
             )
 
 
@@ -109,6 +126,8 @@ class ModelSection:
             raise ValueError("arguments: expected none without build, got some")
         if self.build is not None and (self.checkpoint or self.student.sizes):
             raise ValueError("build: expected neither checkpoint nor sizes beside it, got some")
+        if self.student.step_tokens is not None and self.family == "cosyvoice2":
+            raise ValueError("student.step_tokens: expected none for cosyvoice2, no DiT, got some")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,13 +264,37 @@ class Config:
         self.named_class("dataset")
         self.named_class("collate")
         self.search_options()
+        self._check_step_tokens()
         _expect_file("model.checkpoint", self.model.checkpoint)
         _expect_file("model.student.checkpoint", self.model.student.checkpoint)
         _expect_file("output.like", self.output.like)
         if self.data.held_out is not None and isinstance(self.data.held_out.names, str):
             _expect_file("data.held_out.names", self.data.held_out.names)
-        if self.output.like is None and self.model.family in ("cosyvoice2", "cosyvoice3"):
+        in_place = self.output.like is None and self.model.student.step_tokens is None
+        if in_place and self.model.family in ("cosyvoice2", "cosyvoice3"):
             object.__setattr__(self.output, "like", self.model.checkpoint)
+
+    def _check_step_tokens(self) -> None:
+        """A student that is told its number of steps is asked for no other, and is a file alone."""
+        tokens = self.model.student.step_tokens
+        if tokens is None:
+            return
+        asked = {"objective.counts": self.named_class("objective")[1]["counts"]}
+        asked["output.nfe"] = [self.output.nfe]
+        for name in ("validation", "previews", "o3s"):
+            section = getattr(self, name)
+            asked[f"{name}.nfe"] = () if section is None else section.nfe
+        for path, counts in asked.items():
+            if not set(counts) <= set(tokens.counts):
+                raise ValueError(
+                    f"{path}: expected counts of model.student.step_tokens, "
+                    f"{list(tokens.counts)}, got {list(counts)}"
+                )
+        if self.output.like is not None or self.output.path.suffix != ".safetensors":
+            raise ValueError(
+                "output.path: expected a file .safetensors, and no `like`, for a student with step "
+                f"tokens, got {self.output.path}, {self.output.like}"
+            )
 
     def search_options(self) -> Document:
         """What `o3s.search` gives of `o3s.search`, the function's own defaults left out."""
@@ -282,6 +325,13 @@ class Config:
                 f"{where}: expected one of {wanted} or 'package.module:function', got {name!r}"
             )
         target = schema.imported(known.get(name, name), where)
+        tokens = self.model.student.step_tokens
+        if which == "objective" and tokens is not None:
+            if name in OBJECTIVES and name != "ds_flow":
+                raise ConfigError(
+                    f"{where}: expected ds_flow for a student with step tokens, got {name}"
+                )
+            rest = {"steps": "steps", "counts": tokens.counts, **rest}
         schema.arguments(target, rest, path, hidden=hidden)
         return target, rest, path
 

@@ -15,7 +15,7 @@ from imf_kernels.distill.build import Run, student_of
 from imf_kernels.distill.lora import adapters, merge_lora
 from imf_kernels.distill.parallel import gathered
 from imf_kernels.files import replacing
-from imf_kernels.models import CausalUNet, DiT, checkpoints, save_student
+from imf_kernels.models import CausalUNet, DiT, StepTokenDiT, checkpoints, save_student
 from imf_kernels.objectives.batch import Batch
 
 
@@ -85,18 +85,24 @@ def _rmse(generated: list[Tensor], references: list[Tensor]) -> float:
 
 
 def write(run: Run, student: Any, found: dict[int, Tensor]) -> None:
-    """The student and its side file; of your own model a safetensors of its state dict."""
+    """The student and its side file; of your own model a safetensors of its state dict.
+
+    Beside those two of your own, and of one with step tokens, its grid.
+    """
     said = run.config.output
     path = said.path
     path.parent.mkdir(parents=True, exist_ok=True)
     grid = found.get(said.nfe, grids.make(said.grid, said.nfe))
-    if isinstance(student, DiT | CausalUNet):
+    if isinstance(student, StepTokenDiT):
+        student.save(path)
+    elif isinstance(student, DiT | CausalUNet):
         with schema.naming("output", ("like",)):
             save_student(
                 student, path, like=said.like, grid=grid, guidance=run.config.model.guidance
             )
         return
-    state = {name: value.cpu().contiguous() for name, value in student.state_dict().items()}
-    checkpoints.write(path, state)
+    else:
+        state = {name: value.cpu().contiguous() for name, value in student.state_dict().items()}
+        checkpoints.write(path, state)
     with replacing(path.with_suffix(".grid.json")) as temporary:
         temporary.write_text(json.dumps(grid.tolist()))

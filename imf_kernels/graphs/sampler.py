@@ -20,6 +20,7 @@ from imf_kernels.models.baked import Baked
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
 from imf_kernels.models.dit import DiT
 from imf_kernels.models.step_tables import StepTables
+from imf_kernels.models.step_tokens import StepTokenDiT
 from imf_kernels.ops.ragged_copy import Copy
 from imf_kernels.solver import euler, model_dtype, row_lengths
 
@@ -87,6 +88,11 @@ class GraphSampler:
             raise TypeError("guidance: expected a number or None, got a tensor (sample takes it)")
         if guidance is not None:
             requests.check_guidance(guidance, rows=0)
+        steps = (prepare or {}).get("steps")
+        if isinstance(model, StepTokenDiT) and steps != nfe:
+            raise ValueError(
+                f"prepare: expected steps {nfe} for this model and nfe {nfe}, got {steps}"
+            )
         self.nfe, self.guidance = nfe, guidance
         self._tabled = self.baked is not None or hasattr(model, "tables")
         self._engine = Engine(model, buckets, slots, guidance is not None, prepare or {})

@@ -95,6 +95,9 @@ class StepTokenDiT(DiT):
     def prepare(self, *args: Any, steps: int | None = None, **kwargs: Any) -> Conditioning:
         """As `DiT.prepare`, for a solve of `steps` evaluations, one of `counts`.
 
+        `GraphSampler` and `o3s.find_grid` refuse another number of steps. `sampler.sample` cannot:
+        it takes any grid for the result, which does not say how many steps it was told.
+
         Raises:
             ValueError, TypeError: as there; another number of steps; `streaming` or
                 `upstream_padding`.

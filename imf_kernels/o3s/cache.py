@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from imf_kernels.files import replacing
 from imf_kernels.graphs import GraphSampler
-from imf_kernels.models import state_dicts
+from imf_kernels.models import StepTokenDiT, state_dicts
 from imf_kernels.o3s.metric import Metric, ranks_of
 
 
@@ -136,9 +136,11 @@ def _identity(model: Any) -> str:
             f"got {type(model).__name__}"
         )
     config = getattr(model, "config", None)
-    if getattr(config, "baked", False):
-        raise ValueError("model: expected a student with its time conditioning, got a baked one")
     said = f"{type(model).__qualname__} {config if is_dataclass(config) else ''}"
+    if isinstance(model, StepTokenDiT):  # which has no times, not one grid's
+        said += f" {model.counts}"
+    elif getattr(config, "baked", False):
+        raise ValueError("model: expected a student with its time conditioning, got a baked one")
     return state_dicts.fingerprint(said, weights)
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from imf_kernels.graphs import GraphSampler
+from imf_kernels.models import StepTokenDiT
 from imf_kernels.o3s.cache import DiskCache
 from imf_kernels.o3s.result import SearchResult
 from imf_kernels.o3s.samples import DevBatch, on_batches
@@ -40,7 +41,7 @@ def find_grid(
     Args:
         model: A student, or with `guidance` a teacher's model, in eval mode.
         batches: The development set, the same on every rank, on the model's device. Their
-            `conditions` go to `model.prepare`, once.
+            `conditions` go to `model.prepare`, once: for a `StepTokenDiT` with `steps`, `nfe`.
         metric: `metric(samples, batch)`; see `on_batches`.
         folder: Gets `evaluations/` (a `DiskCache`) and `o3s_nfe<nfe>.json` (the result).
         name: Of the metric and the development set, for the cache.
@@ -50,6 +51,7 @@ def find_grid(
 
     Errors are those of `on_batches`, `DiskCache` and `search`.
     """
+    _check_steps(model, batches, nfe)
     folder = Path(folder)
     measured = on_batches(
         model,
@@ -70,6 +72,18 @@ def find_grid(
         save_to=folder / f"o3s_nfe{nfe}.json",
         **options,
     )
+
+
+def _check_steps(model: Any, batches: Sequence[Batch], nfe: int) -> None:
+    """A model that is told its number of steps evaluates grids of another all the same."""
+    model = model.model if isinstance(model, GraphSampler) else model
+    if isinstance(model, StepTokenDiT):
+        for batch in batches:
+            if batch.conditions.get("steps") != nfe:
+                raise ValueError(
+                    f"batches: expected conditions with steps {nfe} for this model and nfe {nfe}, "
+                    f"got {batch.conditions.get('steps')}"
+                )
 
 
 class _Development:

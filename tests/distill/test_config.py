@@ -5,9 +5,9 @@ import yaml
 
 from imf_kernels.distill import config as configs
 from imf_kernels.distill.build import split, student_of
-from imf_kernels.distill.config import HeldOut, ModelSection, StudentSection
-from imf_kernels.distill.schema import ConfigError
-from imf_kernels.objectives import IntMeanFlow
+from imf_kernels.distill.config import HeldOut, ModelSection, StepTokens, StudentSection
+from imf_kernels.distill.schema import ConfigError, make
+from imf_kernels.objectives import Intervals, IntMeanFlow, LogitNormal, MeanFlow
 from tests.distill.own import Noises
 from tests.distill.test_main import DOCUMENT
 from tests.models.tools import small_model
@@ -38,6 +38,56 @@ def test_what_a_document_says(document):
     assert (target, rest, path) == (IntMeanFlow, {"nfe": 2}, "objective")
     assert config.search_options() == {"budget": 4}
     assert config.output.like is None
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"mean": 0.1, "boundary": 0.5}, LogitNormal(mean=0.1, boundary=0.5)),
+        ({"boundary": 0.5}, LogitNormal(boundary=0.5)),
+        ({"boundary": 0.5, "full": 0.1}, Intervals(boundary=0.5, full=0.1)),
+    ],
+)
+def test_times_of_mean_flow(document, given, wanted):
+    changed = put(document, "objective", {"name": "mean_flow", "intervals": given})
+    target, rest, path = configs.parse(changed).named_class("objective")
+    made = make(target, rest, path)
+    assert isinstance(made, MeanFlow)
+    assert made.intervals == wanted
+
+
+@pytest.fixture
+def step_tokens(document):
+    document["model"]["student"] = {"step_tokens": {"counts": [1, 2]}}
+    return document | {"objective": {"name": "ds_flow", "nfe": 4}}
+
+
+def test_step_tokens_are_what_the_objective_trains(step_tokens):
+    _, rest, _ = configs.parse(step_tokens).named_class("objective")
+    assert rest == {"steps": "steps", "counts": (1, 2), "nfe": 4}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            "validation.nfe",
+            [1, 3],
+            r"validation.nfe: expected counts .*, \[1, 2\], got \[1, 3\]",
+        ),
+        ("previews.nfe", [4], r"previews.nfe: expected counts of .*, got \[4\]"),
+        ("o3s.nfe", [3], r"o3s.nfe: expected counts of .*, got \[3\]"),
+        ("output.nfe", 3, r"output.nfe: expected counts of .*, got \[3\]"),
+        ("objective.counts", [1, 4], r"objective.counts: expected counts of .*, got \[1, 4\]"),
+        ("output.path", "student.pt", r"output.path: expected a file .safetensors, .*student.pt"),
+        ("objective", {"name": "mean_flow"}, "objective.name: expected ds_flow for .*, got mean_flow"),
+        ("model.student.guidance", True, "model.student.step_tokens: expected neither .*, got"),
+        ("model.student.step_tokens.count", 1, "model.student.step_tokens.count: expected one of"),
+    ],
+)
+def test_a_student_with_step_tokens_is_asked_for_its_counts(step_tokens, path, value, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        configs.parse(put(step_tokens, path, value))
 
 
 def test_overrides(tmp_path):
@@ -163,6 +213,7 @@ def test_only_the_estimator_and_its_mixer_train():
     [
         ({"sizes": {"text": 1}}, "model.student.sizes.text: expected one of dim, depth"),
         ({"sizes": {"dim": 17}}, "model.student.*dim: expected a multiple of 16"),
+        ({"step_tokens": StepTokens(counts=(0,))}, "model.student: counts: expected an integer"),
     ],
 )
 def test_errors_of_students(said, message):

@@ -1,5 +1,6 @@
 """The recipes: the small ones run, the large ones are read."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from imf_kernels.distill import config as configs
 from imf_kernels.distill.__main__ import main
 from imf_kernels.distill.logs import JsonLines, read
-from imf_kernels.models import checkpoints, load_cosyvoice2, load_f5, load_student
+from imf_kernels.models import StepTokenDiT, checkpoints, load_cosyvoice2, load_f5, load_student
 from tests.distill import made
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +122,24 @@ def test_other_students(place):
     for name, value in teacher.items():
         if name.startswith("text_embed."):
             assert torch.equal(weights[name], value)
+
+
+def test_a_student_with_step_tokens(place):
+    made.f5(place)
+    said = ["--set=model.student={step_tokens: {counts: [1, 2], tokens: 2}}"]
+    said += ["--set=objective={name: ds_flow, nfe: 4}", "--set=o3s.search.budget=2"]
+    said += ["--set=training.updates=2", "--set=validation.steps=2", "--set=previews=null"]
+    assert main([str(RECIPES / "f5_tiny.yaml"), "--debug", *said]) == 0
+    held = StepTokenDiT.load("run/student.safetensors")
+    assert (held.counts, held.tokens) == ((1, 2), 2)
+    before = StepTokenDiT.of(load_f5("pretrained/model.safetensors", "f5_v1"), (1, 2), 2)
+    assert held.proj_out.weight.shape == before.proj_out.weight.shape
+    assert not torch.equal(held.proj_out.weight, before.proj_out.weight)
+    last = read(place / "run/log.jsonl")[-1]
+    assert {"val/nfe1", "val/nfe2", "endpoint", "velocity"} <= last.keys()
+    found = json.loads((place / "run/o3s/o3s_nfe2.json").read_text())["evaluations"]
+    best = min(found, key=lambda evaluation: evaluation["value"])
+    assert json.loads((place / "run/student.grid.json").read_text()) == best["grid"]
 
 
 @pytest.mark.parametrize("name", ["f5_base_8xa100", "cosyvoice2_8xa100"])

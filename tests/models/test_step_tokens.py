@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from imf_kernels import Batch, DSFlow, Teacher, sampler
+from imf_kernels import Batch, DSFlow, Teacher, o3s, sampler
 from imf_kernels.graphs import GraphSampler
 from imf_kernels.models import DiT, DiTConfig, StepTables, StepTokenDiT, TextConfig, save_student
 from imf_kernels.models.positions import Rope
@@ -249,6 +249,26 @@ def test_files_of_others_are_refused(tmp_path):
         student("f5_v1").save(tmp_path / "student.pt")
     with pytest.raises(TypeError, match="student: expected a DiT or a CausalUNet, got StepToken"):
         save_student(student("f5_v1"), tmp_path / "student.pt")
+
+
+def test_grids_of_another_number_of_steps_are_refused(tmp_path):
+    model = student("cosyvoice3", depth=1)
+    given = conditions(model, LENGTHS)
+    lengths = given.pop("lengths")
+    told = {"higher_is_better": False, "folder": tmp_path, "name": "size", "budget": 2}
+
+    def find(model, nfe, **steps):
+        batches = [Batch(noise(), lengths, given | steps)]
+        return o3s.find_grid(model, batches, lambda x, _: float(x.abs().mean()), nfe, **told)
+
+    assert len(find(model, 2, steps=2).best.grid) == 3
+    service = GraphSampler(model, 4, prepare={"steps": 4})
+    for held, nfe, steps in ((model, 4, {"steps": 2}), (model, 2, {}), (service, 4, {"steps": 2})):
+        with pytest.raises(ValueError, match=f"batches: expected conditions with steps {nfe} "):
+            find(held, nfe, **steps)
+    for options in ({}, {"prepare": {"steps": 2}}):
+        with pytest.raises(ValueError, match="prepare: expected steps 4 for this model and nfe 4"):
+            GraphSampler(model, 4, **options)
 
 
 def test_refusals():

@@ -10,6 +10,7 @@ from torch import nn
 
 from imf_kernels import grids, o3s
 from imf_kernels.graphs import GraphSampler, bake
+from imf_kernels.models import StepTokenDiT
 from imf_kernels.o3s.sharding import Sharded
 from tests.models.tools import small_model
 from tests.o3s.tools import on_ranks, rugged_on_grids
@@ -157,6 +158,18 @@ def test_models_that_cannot_be_told_apart_are_refused(cache):
     baked = bake(small_model("cosyvoice3").eval(), ["uniform"], nfe=2, buckets=[(1, 24)])
     with pytest.raises(ValueError, match="got a baked one"):
         cache.wrap(len, model=baked, name="x")
+
+
+def test_a_model_with_step_tokens_has_one_set_of_weights_for_all_grids(cache):
+    model = small_model("f5_v1", depth=1)
+    assert paid(cache, model=StepTokenDiT.of(model, (1, 2)))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        student = StepTokenDiT.of(model, (1, 2))
+    assert paid(cache, model=student), "other tokens"
+    assert not paid(cache, model=student)
+    student.counts = (1, 4)
+    assert paid(cache, model=student), "the same token, of another count"
 
 
 # -- damage ---------------------------------------------------------------------------------------
