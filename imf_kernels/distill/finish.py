@@ -85,10 +85,8 @@ def _rmse(generated: list[Tensor], references: list[Tensor]) -> float:
 
 
 def write(run: Run, student: Any, found: dict[int, Tensor]) -> None:
-    """The student and its side file; of your own model a safetensors of its state dict.
-
-    Beside those two of your own, and of one with step tokens, its grid.
-    """
+    """The student and its side file; of your own model a safetensors of its state dict, of one with
+    step tokens what it saves, and beside either its grid."""
     said = run.config.output
     path = said.path
     path.parent.mkdir(parents=True, exist_ok=True)
