@@ -222,3 +222,9 @@ def test_errors_of_students(said, message):
     )
     with pytest.raises(ConfigError, match=message):
         student_of(section, small_model("f5_v1"))
+
+
+def test_cosyvoice2_has_no_step_tokens():
+    said = StudentSection(step_tokens=StepTokens())
+    with pytest.raises(ValueError, match=r"^student\.step_tokens: expected none for cosyvoice2"):
+        ModelSection(family="cosyvoice2", checkpoint="x", guidance=1.7, student=said)
