@@ -1,5 +1,6 @@
 """`imf_kernels.evaluate`: the lists, the report, and that nothing is scored twice or lost."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -254,6 +255,71 @@ def test_what_was_scored_before_an_error_is_kept(test_set, counted):
     counted.clear()
     evaluate(test_set / "generated", entries(test_set), ["mcd"], out=out)
     assert counted == ["c", "d"]
+
+
+def scored(test_set, listed, *names, **options):
+    """The report's means, and its counts."""
+    out = test_set / "scores.json"
+    with contextlib.suppress(ValueError):  # of a text that says "fail"
+        evaluate(test_set / "generated", listed, names, out=out, **options)
+    held = json.loads(out.read_text())["metrics"]
+    return {name: (metric["mean"], metric["count"]) for name, metric in held.items()}
+
+
+@pytest.fixture
+def constant(monkeypatch):
+    """Another metric, which reads nothing but the generated file: 5."""
+    scorer = dataclasses.replace(SCORERS["utmos"], load=lambda *_: lambda _: {"value": 5.0})
+    monkeypatch.setitem(SCORERS, "utmos", dataclasses.replace(scorer, weights=()))
+
+
+def test_no_mean_is_of_old_and_new_texts(test_set, counted, constant):
+    def listed(*texts):
+        return [Entry(name, text) for name, text in zip(NAMES, texts, strict=True)]
+
+    old = listed("1", "1", "1", "1")
+    assert scored(test_set, old, "mcd") == {"mcd": (1.0, 4)}
+    broken = listed("333", "333", "fail", "333")
+    assert scored(test_set, broken, "mcd") == {"mcd": (3.0, 2)}, "the others are of old texts"
+    half = listed("333", "22", "22", "22")
+    assert scored(test_set, half, "utmos") == {"mcd": (3.0, 1), "utmos": (5.0, 4)}
+    bare = [Entry(name) for name in NAMES]
+    assert scored(test_set, bare, "utmos") == {"utmos": (5.0, 4)}
+    counted.clear()
+    assert scored(test_set, half, "mcd") == {"mcd": (2.25, 4), "utmos": (5.0, 4)}
+    assert counted == ["a", "c", "d"], "what was scored stays, whatever the means are of"
+
+
+def test_no_mean_is_of_two_languages(test_set, counted, constant):
+    listed = entries(test_set)
+    assert scored(test_set, listed, "mcd") == {"mcd": (7.0, 4)}
+    assert scored(test_set, listed[:1], "mcd", language="zh") == {"mcd": (7.0, 1)}
+    assert scored(test_set, listed, "utmos") == {"utmos": (5.0, 4)}
+    assert scored(test_set, listed, "mcd") == {"mcd": (7.0, 4), "utmos": (5.0, 4)}
+
+
+def test_a_shorter_list_leaves_the_other_rows(test_set, counted):
+    listed = [Entry(name, "x" * k) for k, name in enumerate(NAMES, 1)]
+    scored(test_set, listed, "mcd")
+    assert scored(test_set, listed[2:], "mcd") == {"mcd": (3.5, 2)}
+    rows = json.loads((test_set / "scores.json").read_text())["utterances"]
+    assert [row["name"] for row in rows] == ["c", "d", "b", "a"]
+    counted.clear()
+    assert scored(test_set, listed, "mcd") == {"mcd": (2.5, 4)}
+    assert not counted
+
+
+def test_a_metric_named_twice_is_scored_once(test_set, counted):
+    assert scored(test_set, entries(test_set), "mcd", "mcd") == {"mcd": (7.0, 4)}
+    assert counted == list(NAMES)
+
+
+def test_a_report_without_a_folder_is_an_error_before_any_score(test_set, counted):
+    with pytest.raises(FileNotFoundError, match=r"out: expected a file in a folder, got .*none"):
+        evaluate(
+            test_set / "generated", entries(test_set), ["mcd"], out=test_set / "none" / "s.json"
+        )
+    assert not counted
 
 
 def test_missing_files_are_named_or_counted(test_set, counted):

@@ -22,8 +22,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        if not options.out.absolute().parent.is_dir():
-            raise FileNotFoundError(f"out: expected a file in a folder, got {options.out}")
         entries = read_list(options.list, options.audio)
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("scoring", total=len(entries))

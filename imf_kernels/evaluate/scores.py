@@ -42,18 +42,21 @@ def evaluate(
 
     It holds `metrics` (the `mean` and `count` of each), `utterances` (a row each, in the list's
     order: `name`, the generated file's `sha256`, and `scores` by metric: `value`, what is worth
-    keeping beside it, and `of`, a hash of what else it was computed from) and `missing`.
+    keeping beside it, and `of`, hashes of the metric's weights and language and of the text or
+    recording that it read) and `missing`.
 
     What `out` holds already is not computed again while its generated file, its text, the
-    recordings, the weights and the language are the same. Scores of other metrics are kept while
-    the generated file is. It is written every ten seconds and when an error ends the run, so
-    starting again goes on.
+    recordings, the weights and the language are the same. It is written every ten seconds and when
+    an error ends the run, so starting again goes on. Scores of other metrics are kept while the
+    generated file is, and the rows of other lists, behind this one's. The means are this list's
+    alone, without scores of other texts or recordings than it has now, and without metrics whose
+    scores are not all of the same weights and language.
 
     Args:
         generated: The folder; utterance `name` is `name.wav` or `name.flac`.
         entries: From `read_list`.
         names: Of metrics: keys of `SCORERS`.
-        out: A JSON file.
+        out: A JSON file, in a folder that is there.
         weights: The folder of all networks (`SCORERS` has their names there); None: those of the
             hub, for metrics that have any.
         language: Of the texts: "en" or "zh".
@@ -66,15 +69,19 @@ def evaluate(
         ValueError: bad arguments; an entry without what a metric needs; an `out` that is no report;
             a score that is not finite.
         FileNotFoundError: missing generated files (how many, and the first of them), recordings or
-            weights.
+            weights; no folder for `out`.
         ImportError: a library that a metric needs.
     """
     if not names:
         raise ValueError("metrics: expected at least one, got none")
+    names = list(dict.fromkeys(names))
     for name in names:
         checks.choice("metrics", name, tuple(SCORERS))
     checks.choice("language", language, LANGUAGES)
     checks.positive_int("workers", workers)
+    out = None if out is None else Path(out)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"out: expected a file in a folder, got {out}")
     files = {entry.name: _generated(Path(generated), entry.name) for entry in entries}
     missing = [name for name, file in files.items() if file is None]
     if missing and not allow_missing:
@@ -87,17 +94,28 @@ def evaluate(
         raise FileNotFoundError(f"generated: expected at least one file, got none in {generated}")
     _check_needs(samples, names)
     located = {name: SCORERS[name].locate(name, weights) for name in names}
-    rows = _known(None if out is None else Path(out), samples)
-    basis = {name: sha256(name, language, *contents(path)) for name, path in located.items()}
+    rows, others = _known(out, samples)
+    basis = {name: sha256(name, language, *contents(path))[:16] for name, path in located.items()}
+    inputs: list[dict[str, str | None]] = []
     tasks: list[Task] = []
     bases: list[dict[str, str]] = []
     for sample in samples:
         scores = rows[sample.entry.name]["scores"]
-        wanted = {name: _basis(basis[name], name, sample.entry) for name in names}
+        inputs.append({name: _inputs(name, sample.entry) for name in {*names, *scores}})
+        wanted = {name: f"{basis[name]} {inputs[-1][name]}" for name in names}
         todo = [name for name in names if scores.get(name, {}).get("of") != wanted[name]]
+        for name in todo:  # no mean of what was and what is, should the run end early
+            scores.pop(name, None)
         if todo:
             tasks.append((sample, todo))
             bases.append(wanted)
+
+    def report() -> dict[str, Any]:
+        return {
+            "metrics": _means(rows, inputs),
+            "missing": missing,
+            "utterances": [*rows.values(), *others],
+        }
 
     saved = time.monotonic()
     results = run(tasks, workers, device.split(","), located, language)
@@ -111,13 +129,12 @@ def evaluate(
             if progress is not None:
                 progress(len(samples) - len(tasks) + done, len(samples))
             if out is not None and time.monotonic() - saved > SAVE_EVERY:
-                _write(Path(out), _report(rows, missing))
+                _write(out, report())
                 saved = time.monotonic()
     finally:
-        report = _report(rows, missing)
         if out is not None:
-            _write(Path(out), report)
-    return report
+            _write(out, report())
+    return report()
 
 
 def _generated(folder: Path, name: str) -> Path | None:
@@ -145,8 +162,9 @@ def _check_needs(samples: Sequence[Sample], names: Sequence[str]) -> None:
                 )
 
 
-def _known(out: Path | None, samples: Sequence[Sample]) -> Rows:
-    """A row per utterance, with the scores that `out` holds of the same generated file."""
+def _known(out: Path | None, samples: Sequence[Sample]) -> tuple[Rows, list[Any]]:
+    """A row per utterance, with the scores that `out` holds of the same generated file; and the
+    rows of other utterances there."""
     old: Rows = {}
     if out is not None and out.exists():
         try:
@@ -159,27 +177,31 @@ def _known(out: Path | None, samples: Sequence[Sample]) -> Rows:
         name, digest = sample.entry.name, sha256(sample.file)
         same = old.get(name, {}).get("sha256") == digest
         rows[name] = {"name": name, "sha256": digest, "scores": old[name]["scores"] if same else {}}
-    return rows
+    return rows, [row for name, row in old.items() if name not in rows]
 
 
-def _basis(metric: str, name: str, entry: Entry) -> str:
-    """The hash of all that a score depends on but the generated file: the metric's, and what it
-    reads of the entry."""
-    return sha256(metric, *(getattr(entry, need) for need in SCORERS[name].needs))[:16]
+def _inputs(name: str, entry: Entry) -> str | None:
+    """The hash of what a metric reads of an entry; None if that is not there, nor the metric."""
+    if name not in SCORERS:
+        return None
+    read = [getattr(entry, need) for need in SCORERS[name].needs]
+    if any(part is None or (isinstance(part, Path) and not part.is_file()) for part in read):
+        return None
+    return sha256(*read)[:16]
 
 
-def _report(rows: Rows, missing: Sequence[str]) -> dict[str, Any]:
-    values: dict[str, list[float]] = {}
-    for row in rows.values():
+def _means(rows: Rows, inputs: Sequence[Mapping[str, str | None]]) -> dict[str, Any]:
+    """Of the scores whose inputs are still those, by metric; of one basis each."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for row, current in zip(rows.values(), inputs, strict=True):
         for name, score in row["scores"].items():
-            values.setdefault(name, []).append(score["value"])
+            basis, _, read = score["of"].partition(" ")
+            if read == current[name]:
+                values.setdefault(name, {}).setdefault(basis, []).append(score["value"])
     return {
-        "metrics": {
-            name: {"mean": math.fsum(values[name]) / len(values[name]), "count": len(values[name])}
-            for name in sorted(values)
-        },
-        "missing": list(missing),
-        "utterances": list(rows.values()),
+        name: {"mean": math.fsum(found) / len(found), "count": len(found)}
+        for name, (found, *more) in sorted((name, [*by.values()]) for name, by in values.items())
+        if not more
     }
 
 

@@ -42,15 +42,16 @@ class WER:
         checks.choice("language", language, LANGUAGES)
         errors("1", "1", language, keep)  # a missing library is an error before any clip is heard
         self.transcribe, self.language, self.keep = transcribe, language, keep
+        self._simplified: Callable[[str], str] = str
+        if language == "zh":
+            import zhconv
+
+            self._simplified = functools.partial(zhconv.convert, locale="zh-cn")
 
     def __call__(self, clip: Tensor, text: str) -> Heard:
         """Raises ValueError for a text without a word."""
         audio.check("clip", clip)
-        heard = self.transcribe(clip)
-        if self.language == "zh":
-            import zhconv
-
-            heard = zhconv.convert(heard, "zh-cn")
+        heard = self._simplified(self.transcribe(clip))
         return Heard(errors(text, heard, self.language, self.keep), heard)
 
 

@@ -1,5 +1,7 @@
 """Whisper on tiny models that say one sentence, and the counting of errors."""
 
+import sys
+
 import pytest
 import torch
 
@@ -47,6 +49,14 @@ def test_errors_at_the_door(tmp_path):
         whisper(tmp_path, "fr")
     with pytest.raises(ValueError, match="language: expected one of en, zh, got 'fr'"):
         WER(str, "fr")
+
+
+def test_a_missing_library_is_known_before_a_clip_is_heard(monkeypatch):
+    counting()
+    monkeypatch.setitem(sys.modules, "zhconv", None)
+    WER(str, "en")
+    with pytest.raises(ImportError, match="zhconv"):
+        WER(str, "zh")
 
 
 def test_wer_of_whisper(folder):
