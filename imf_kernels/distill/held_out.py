@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imf_kernels import checks, sampler
+from imf_kernels import checks, sampler, seeds
 from imf_kernels.models import checkpoints, state_dicts
 from imf_kernels.objectives.batch import Batch
 from imf_kernels.teacher import Teacher
@@ -35,12 +35,12 @@ class FineSolves:
 
     def noise(self, batch: Batch, index: int = 0) -> Tensor:
         """State at time 0 of the `index`-th batch: as `o3s.find_grid` draws it, on any device."""
-        generator = torch.Generator().manual_seed(self.seed + index)
+        generator = torch.Generator().manual_seed(seeds.seed(self.seed, index))
         return torch.randn(batch.x1.shape, generator=generator).to(batch.x1.device)
 
     def of(self, batch: Batch, index: int = 0) -> Tensor:
         """The solve from that noise, float32 `(B, N, C)` on the batch's device."""
-        path = self.folder / f"{self._key(batch, self.seed + index)}.safetensors"
+        path = self.folder / f"{self._key(batch, index)}.safetensors"
         if path.exists():
             return checkpoints.read(path)["mel"].to(batch.x1.device, copy=True)
         teacher = self.teacher
@@ -57,7 +57,7 @@ class FineSolves:
         checkpoints.write(path, {"mel": mel.cpu()})
         return mel
 
-    def _key(self, batch: Batch, seed: int) -> str:
+    def _key(self, batch: Batch, index: int) -> str:
         if self._weights is None:
             model = self.teacher.model
             held = model.state_dict() if isinstance(model, nn.Module) else {}
@@ -65,6 +65,7 @@ class FineSolves:
         given = {"x1": batch.x1, "lengths": batch.lengths, **batch.conditions}
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in given.items() if name not in tensors}
+        seed = seeds.seed(self.seed, index)
         said = f"{self._weights} {self.steps} {seed} {self.teacher.guidance} {others}"
         return state_dicts.fingerprint(said, tensors)[:32]
 

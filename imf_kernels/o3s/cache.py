@@ -52,7 +52,7 @@ class DiskCache:
         Raises:
             TypeError: a model without weights, or settings that JSON does not hold.
             ValueError: a baked model, which no other grid can be asked of; or ranks that do not
-                agree about the weights, the name or the settings.
+                agree about the weights, the name or the settings; by the metric, about the grid.
             OSError: the folder cannot be made; by the metric, an evaluation cannot be written.
             RuntimeError: by the metric: PyTorch has counted a change of the weights (fused
                 optimizers and writes to `p.data` are not counted).
@@ -97,23 +97,26 @@ class _Cached:
         self.model = model.model if isinstance(model, GraphSampler) else model
         self.version = _version(self.model)
         self.ranks.first(lambda: cache.folder.mkdir(parents=True, exist_ok=True))
-        keys = self.ranks.each(lambda: _key(self.model, name, settings))
-        self.key = keys[0]
-        if any(_text(key) != _text(self.key) for key in keys):
-            said = "; ".join(_text(key) for key in keys)
-            raise ValueError(f"model, name, settings: expected the same on every rank, got {said}")
+        self.key = json.loads(
+            self.ranks.same(
+                "model, name, settings", lambda: _text(_key(self.model, name, settings))
+            )
+        )
 
     def __call__(self, grid: Tensor) -> float:
-        if _version(self.model) != self.version:
-            raise RuntimeError(
-                "model: expected the weights that were wrapped, got an in-place change. Wrap anew."
-            )
-        key = {**self.key, "grid": grid.tolist()}
+        key = {**self.key, "grid": self.ranks.same("grid", lambda: self.asked(grid))}
         value = self.ranks.first(lambda: self.cache.read(key))
         if value is None:
             value = float(self.metric(grid))
             self.ranks.first(lambda: self.cache.write(key, value))
         return value
+
+    def asked(self, grid: Tensor) -> list[float]:
+        if _version(self.model) != self.version:
+            raise RuntimeError(
+                "model: expected the weights that were wrapped, got an in-place change. Wrap anew."
+            )
+        return grid.tolist()
 
 
 def _key(model: Any, name: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from imf_kernels import seeds
 from imf_kernels.graphs import GraphSampler
 from imf_kernels.models import StepTokenDiT
 from imf_kernels.o3s.cache import DiskCache
@@ -43,16 +45,20 @@ def find_grid(
         batches: The development set, the same on every rank, on the model's device. Their
             `conditions` go to `model.prepare`, once: for a `StepTokenDiT` with `steps`, `nfe`.
         metric: `metric(samples, batch)`; see `on_batches`.
-        folder: Gets `evaluations/` (a `DiskCache`) and `o3s_nfe<nfe>.json` (the result).
-        name: Of the metric and the development set, for the cache.
-        seed: Of the noise; batch k's is drawn from `seed + k`.
+        folder: Gets `evaluations/` (a `DiskCache`) and `o3s_nfe<nfe>_<name>.json` (the result;
+            what file names cannot hold is quoted as in URLs).
+        name: Of the metric and the development set, for the cache and the result. A short one.
+        seed: Of the noise; batch k's is drawn from `seeds.seed(seed, k)`.
         settings: What else the values depend on, for the cache.
         options: Of `search`.
 
-    Errors are those of `on_batches`, `DiskCache` and `search`.
+    Errors are those of `on_batches`, `DiskCache` and `search`; and ValueError for a long `name`.
     """
     _check_steps(model, batches, nfe)
     folder = Path(folder)
+    save_to = folder / f"o3s_nfe{nfe}_{quote(name, safe=' @')}.json"
+    if len(save_to.name) > 200:
+        raise ValueError(f"name: expected a short one, for a file's name, got {name!r}")
     measured = on_batches(
         model,
         _Development(model, batches, seed, guided=guidance is not None),
@@ -69,7 +75,7 @@ def find_grid(
         cached,
         nfe,
         higher_is_better=higher_is_better,
-        save_to=folder / f"o3s_nfe{nfe}.json",
+        save_to=save_to,
         **options,
     )
 
@@ -106,7 +112,7 @@ class _Development:
     @torch.no_grad()
     def __getitem__(self, index: int) -> DevBatch:
         batch = self.batches[index]
-        generator = torch.Generator().manual_seed(self.seed + index)
+        generator = torch.Generator().manual_seed(seeds.seed(self.seed, index))
         noise = torch.randn(batch.x1.shape, generator=generator, dtype=batch.x1.dtype)
         cond = self.model.prepare(lengths=batch.lengths, **batch.conditions, **self.branches)
         return DevBatch(noise.to(batch.x1.device), cond, batch)

@@ -69,6 +69,18 @@ class Ranks:
         made: list[Any] = self.each(lambda: function() if self.rank == 0 else None)
         return made[0]
 
+    def same(self, name: str, function: Callable[[], T]) -> T:
+        """What every rank makes, if it is the same everywhere. Other errors as in `each`.
+
+        Raises:
+            ValueError: on all ranks: it is not.
+        """
+        made = self.each(function)
+        if any(value != made[0] for value in made):
+            said = "; ".join(map(str, made))
+            raise ValueError(f"{name}: expected the same on every rank, got {said}")
+        return made[0]
+
 
 def ranks_of(metric: Metric) -> Ranks:
     """Who has to call a metric together."""

@@ -61,8 +61,10 @@ def search(
         callback: Called, on every rank, with each paid evaluation and the result so far.
 
     Raises:
-        ValueError: bad arguments, or `resume` from a search with other settings.
-        RuntimeError: another rank failed, in the metric or in writing; it says which and why.
+        ValueError: bad arguments, other settings than on other ranks, or `resume` from a search
+            with other settings.
+        RuntimeError: another rank failed, in the metric, the callback or in writing; it says which
+            and why.
     """
     checks.positive_int("nfe", nfe)
     checks.choice("method", method, tuple(METHODS))
@@ -87,6 +89,7 @@ def search(
         method=method,
     )
     ranks = ranks_of(metric)
+    ranks.same("settings", lambda: (result, budget, max_sweeps))
     resume = ranks.first(lambda: resume)
     if resume is not None:
         given = replace(resume, evaluations=[], stopped="running")
@@ -97,13 +100,18 @@ def search(
         result.evaluations = list(resume.evaluations)
 
     def save() -> None:
-        if save_to is not None:
-            ranks.first(lambda: result.save(save_to))
+        if save_to is not None and ranks.rank == 0:
+            result.save(save_to)
 
-    run = _Search(metric, result, budget, save, callback)
+    def paid(evaluation: Evaluation) -> None:
+        save()
+        if callback is not None:
+            callback(evaluation, result)
+
+    run = _Search(metric, result, budget, lambda evaluation: ranks.each(lambda: paid(evaluation)))
     with contextlib.suppress(_BudgetSpent):
         run(max_sweeps)
-    save()
+    ranks.each(save)
     return result
 
 
@@ -117,11 +125,9 @@ class _Search:
         metric: Metric,
         result: SearchResult,
         budget: int | None,
-        save: Callable[[], None],
-        callback: Callable[[Evaluation, SearchResult], None] | None,
+        paid: Callable[[Evaluation], object],
     ) -> None:
-        self.metric, self.result, self.budget = metric, result, budget
-        self.save, self.callback = save, callback
+        self.metric, self.result, self.budget, self.paid = metric, result, budget, paid
         self.known = {e.grid: e.value for e in result.evaluations}
         self.cost = ascending(result.higher_is_better)
         self.sweep: int | None = None
@@ -175,7 +181,5 @@ class _Search:
             self.known[grid] = value
             evaluation = Evaluation(grid, value, self.sweep, self.position)
             self.result.evaluations.append(evaluation)
-            self.save()
-            if self.callback is not None:
-                self.callback(evaluation, self.result)
+            self.paid(evaluation)
         return self.cost(self.known[grid])

@@ -38,9 +38,9 @@ def sharded(
     """A metric of grids over a list of items, of which every rank evaluates a share.
 
     Every rank of the group makes the metric and calls it with the same arguments. The items' values
-    are gathered in the order of the items and reduced in float64, on every rank alike: the result
-    is the same to the bit on any number of ranks, if an item's value does not depend on the items
-    beside it.
+    are gathered in the order of the items and reduced in float64, by rank 0, which tells the
+    others: the result is the same to the bit on any number of ranks, if an item's value does not
+    depend on the items beside it.
 
     Args:
         evaluate: `evaluate(grid, items)` returns a value for each of this rank's items, in their
@@ -49,12 +49,13 @@ def sharded(
         items: At least one; the same list on every rank. A rank reads those of its share, once.
         costs: What each item costs (its frames), so that the shares cost about the same. None: the
             same.
-        reduce: Makes a number of all items' values, for metrics that are no mean.
+        reduce: Makes a number of all items' values, for metrics that are no mean. Rank 0's is
+            called.
         group: Of torch.distributed; None: its default group, or without one this process alone.
 
     Raises:
         ValueError: no items, other costs than items, negative or NaN ones; a group without this
-            process.
+            process; by the metric, other grids or items than on other ranks.
         RuntimeError: here or by the metric, on all ranks: one of them failed; it says which and
             why. A single process raises its own error.
     """
@@ -84,6 +85,7 @@ class Sharded:
         ranks.each(lambda: self.items.extend(items[index] for index in self.share))
 
     def __call__(self, grid: Tensor) -> float:
+        self.ranks.same("grid", grid.tolist)
         shares = self.ranks.each(lambda: (self.count, self.of_share(grid)))
         counts = [count for count, _ in shares]
         values = {index: value for _, share in shares for index, value in share.items()}
@@ -92,7 +94,9 @@ class Sharded:
                 f"items: expected the same list and costs on every rank, got {counts} items "
                 f"and {len(values)} values"
             )
-        return float(self.reduce([values[index] for index in range(self.count)]))
+        return self.ranks.first(
+            lambda: float(self.reduce([values[index] for index in range(self.count)]))
+        )
 
     def of_share(self, grid: Tensor) -> dict[int, Any]:
         """The values of this rank's items, by index."""

@@ -50,7 +50,7 @@ def test_a_run_from_end_to_end(document, tmp_path, capsys):
     expected = own.model(24).student().state_dict()
     assert held.keys() == expected.keys()
     assert not torch.equal(held["out.weight"], expected["out.weight"])
-    found = json.loads((folder / "o3s/o3s_nfe2.json").read_text())
+    found = json.loads((folder / "o3s/o3s_nfe2_to_teacher@teacher.json").read_text())
     assert len(found["evaluations"]) == 4
     best = min(found["evaluations"], key=lambda e: e["value"])
     assert json.loads((folder / "student.grid.json").read_text()) == best["grid"]

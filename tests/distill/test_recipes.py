@@ -72,7 +72,7 @@ def test_f5_runs_and_resumes_to_the_bit(place, monkeypatch):
         assert {"val/nfe1", "val/nfe2"} <= records[3].keys()
         assert len(list((place / folder / "previews").glob("00000004*"))) == 4
         assert list((place / folder / "tensorboard").iterdir())
-        assert (place / folder / "o3s/o3s_nfe2.json").exists()
+        assert (place / folder / "o3s/o3s_nfe2_to_teacher@teacher.json").exists()
 
 
 def test_cosyvoice2_runs(place):

@@ -239,6 +239,34 @@ def test_ranks_with_other_weights_are_refused(tmp_path):
         assert "seed 1" in str(error)
 
 
+def test_weights_that_changed_on_one_rank_raise_on_all(tmp_path):
+    def work(ranks):
+        model = nn.Linear(2, 2)
+        nn.init.ones_(model.weight), nn.init.ones_(model.bias)
+        metric = Sharded(lambda grid, own: own, [1, 2], None, o3s.mean, ranks)
+        cached = o3s.DiskCache(tmp_path).wrap(metric, model=model, name="x")
+        if ranks.rank == 1:
+            nn.init.zeros_(model.bias)
+        return cached(grids.uniform(1))
+
+    for error in on_ranks(2, work):
+        assert str(error).startswith("rank 1 of 2: RuntimeError: model: expected the weights")
+
+
+def test_ranks_with_other_grids_are_refused(tmp_path):
+    """Also where rank 0 knows its own."""
+
+    def work(ranks):
+        metric = Sharded(lambda grid, own: own, [1, 2], None, o3s.mean, ranks)
+        cached = o3s.DiskCache(tmp_path).wrap(metric, **NEEDED)
+        cached(grids.uniform(1))
+        return cached(grids.uniform(1 + ranks.rank))
+
+    for error in on_ranks(2, work):
+        assert isinstance(error, ValueError)
+        assert str(error).startswith("grid: expected the same on every rank, got [0.0, 1.0]; [")
+
+
 def test_a_write_that_fails_raises_on_all_ranks(tmp_path):
     def work(ranks):
         metric = Sharded(lambda grid, own: own, [1, 2], None, o3s.mean, ranks)

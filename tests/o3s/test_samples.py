@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from imf_kernels import grids, o3s
+from imf_kernels import grids, o3s, seeds
 from imf_kernels.graphs import GraphSampler
 from imf_kernels.objectives import Batch
 from imf_kernels.sampler import sample
@@ -129,12 +129,13 @@ def test_find_grid_is_the_search_that_one_would_write(model, tmp_path, guidance)
 
     dev = []
     for k, batch in enumerate(batches):
-        noise = torch.randn(batch.x1.shape, generator=torch.Generator().manual_seed(5 + k))
+        generator = torch.Generator().manual_seed(seeds.seed(5, k))
+        noise = torch.randn(batch.x1.shape, generator=generator)
         cond = model.prepare(lengths=batch.lengths, **batch.conditions, guided=guidance is not None)
         dev.append(o3s.DevBatch(noise, cond, batch))
     assert found == o3s.search(o3s.on_batches(model, dev, to_data, guidance=guidance), 2, **given)
 
-    assert o3s.SearchResult.load(tmp_path / "o3s" / "o3s_nfe2.json") == found
+    assert o3s.SearchResult.load(tmp_path / "o3s" / "o3s_nfe2_to data.json") == found
     assert len(list((tmp_path / "o3s" / "evaluations").iterdir())) == len(found.evaluations)
     solves.clear()
     assert o3s.find_grid(GraphSampler(model, 2), batches, to_data, 2, seed=5, **helped) == found
@@ -143,3 +144,19 @@ def test_find_grid_is_the_search_that_one_would_write(model, tmp_path, guidance)
     assert other.value != found.value
     o3s.find_grid(model, batches, to_data, 2, seed=6, settings={"more": 1}, budget=1, **helped)
     assert len(solves) == len(batches) * (len(other.evaluations) + 1)
+
+
+def test_metrics_of_one_folder_have_results_of_their_own(model, tmp_path):
+    batches = batches_of(model)[:1]
+
+    def find(name):
+        given = {"higher_is_better": False, "folder": tmp_path, "budget": 1}
+        return o3s.find_grid(model, batches, lambda mel, batch: len(name), 1, name=name, **given)
+
+    for name in ("a", "bb", "of/a:b"):
+        find(name)
+    held = sorted(path.name for path in tmp_path.glob("*.json"))
+    assert held == ["o3s_nfe1_a.json", "o3s_nfe1_bb.json", "o3s_nfe1_of%2Fa%3Ab.json"]
+    assert o3s.SearchResult.load(tmp_path / held[0]).value == 1
+    with pytest.raises(ValueError, match="name: expected a short one"):
+        find("long" * 60)

@@ -120,6 +120,16 @@ def test_a_rank_reads_its_share_only_and_once():
     assert on_ranks(2, work) == [[0], [1, 2, 3, 4]]
 
 
+def test_one_rank_reduces_for_all():
+    """Whose clock, say, is in the number."""
+
+    def work(ranks):
+        metric = Sharded(lambda grid, own: own, [1, 2], None, lambda _: ranks.rank, ranks)
+        return metric(grids.uniform(1))
+
+    assert on_ranks(2, work) == [0.0, 0.0]
+
+
 # -- failures -------------------------------------------------------------------------------------
 
 
@@ -162,6 +172,40 @@ def test_other_items_than_on_other_ranks():
     for error in on_ranks(2, work):
         assert isinstance(error, ValueError)
         assert "items: expected the same list and costs on every rank" in str(error)
+
+
+def test_another_grid_than_on_other_ranks():
+    def work(ranks):
+        metric = Sharded(lambda grid, own: own, [1, 2], None, o3s.mean, ranks)
+        return metric(torch.tensor([0.0, 0.25 * (1 + ranks.rank), 1.0]))
+
+    for error in on_ranks(2, work):
+        assert isinstance(error, ValueError)
+        assert "grid: expected the same on every rank, got [0.0, 0.25, 1.0]; " in str(error)
+
+
+@pytest.mark.parametrize("other", [{"start": "sway"}, {"budget": 2}, {"max_sweeps": 1}])
+def test_another_search_than_on_other_ranks(other):
+    def work(ranks):
+        metric = Sharded(lambda grid, own: own, [1, 2], None, o3s.mean, ranks)
+        options = other if ranks.rank else {}
+        return o3s.search(metric, 2, higher_is_better=True, tolerance=0.5, **options)
+
+    for error in on_ranks(2, work):
+        assert isinstance(error, ValueError)
+        assert str(error).startswith("settings: expected the same on every rank, got (SearchResult")
+
+
+def test_a_callback_that_fails_on_one_rank_raises_on_all():
+    def work(ranks):
+        def failing(*_):
+            raise OSError("no disk")
+
+        metric = Sharded(lambda grid, own: own, [1, 2], None, o3s.mean, ranks)
+        options = {"callback": failing} if ranks.rank else {}
+        return o3s.search(metric, 2, higher_is_better=True, tolerance=0.5, **options)
+
+    assert {str(error) for error in on_ranks(2, work)} == {"rank 1 of 2: OSError: no disk"}
 
 
 def test_a_value_for_every_item():
