@@ -206,8 +206,11 @@ class O3SSection:
 
     Attributes:
         nfe: Numbers of steps to search for.
-        metric: "to_teacher" (distance to the fine solve), or "package.module:function", called with
-            the generated and the reference mels, lists of `(n, C)` of the frames that count.
+        metric: "to_teacher" (root mean square distance over all frames), or
+            "package.module:function", called with the generated and the reference mels, lists of
+            `(n, C)` of the frames that count.
+        over: "utterances": a metric of your own is called with one of them at a time, on the rank
+            that solved it, and averaged; "set": with all at once, on rank 0 (Frechet distances).
         reference: What those are: the recordings ("truth"), or the teacher's fine solves.
         higher_is_better: The metric's direction.
         search: Other arguments of `o3s.search`: budget, tolerance, ...
@@ -215,6 +218,7 @@ class O3SSection:
 
     nfe: tuple[int, ...] = (2, 3)
     metric: Literal["to_teacher"] | Callable[..., float] = "to_teacher"
+    over: Literal["utterances", "set"] = "utterances"
     reference: Literal["truth", "teacher"] = "teacher"
     higher_is_better: bool = False
     search: Mapping[str, Any] = field(default_factory=dict)

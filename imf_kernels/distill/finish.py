@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from imf_kernels import grids, o3s
 from imf_kernels.distill import schema
 from imf_kernels.distill.build import Run, student_of
+from imf_kernels.distill.config import O3SSection
 from imf_kernels.distill.lora import adapters, merge_lora
 from imf_kernels.distill.parallel import gathered
 from imf_kernels.files import replacing
 from imf_kernels.models import CausalUNet, DiT, StepTokenDiT, checkpoints, save_student
 from imf_kernels.objectives.batch import Batch
+
+Reduce = Callable[[list[Any]], float]
 
 
 def whole(run: Run) -> Any:
@@ -38,9 +42,9 @@ def search_grids(run: Run, student: Any) -> dict[int, Tensor]:
     section = run.config.o3s
     if section is None:
         return {}
-    judge = _rmse if section.metric == "to_teacher" else section.metric
+    score, reduce = _judged(section)
     said = section.metric if isinstance(section.metric, str) else schema.name_of(section.metric)
-    names = ",".join(name for batch in run.held_out for name in batch.names)
+    names = [name for batch in run.held_out for name in batch.names]
     found = {}
     for nfe in section.nfe:
         told = {} if run.extra is None else run.extra(nfe)
@@ -49,12 +53,14 @@ def search_grids(run: Run, student: Any) -> dict[int, Tensor]:
         ]
 
         def compared(mel: Tensor, batch: Batch, batches: list[Batch] = batches) -> list[Any]:
-            """Of each row the frames that count, generated and as they should be."""
+            """The scores of the rows' frames that count."""
             index = next(i for i, other in enumerate(batches) if other is batch)
             fine = section.reference == "teacher"
             goal = run.solves.of(run.held_out[index], index) if fine else batch.x1
             rows = zip(mel, goal, batch.counted("span"), strict=True)
-            return [(row[counted].cpu(), wanted[counted].cpu()) for row, wanted, counted in rows]
+            return [
+                score(row[counted].cpu(), wanted[counted].cpu()) for row, wanted, counted in rows
+            ]
 
         result = o3s.find_grid(
             student,
@@ -63,9 +69,10 @@ def search_grids(run: Run, student: Any) -> dict[int, Tensor]:
             nfe,
             higher_is_better=section.higher_is_better,
             folder=run.config.folder / "o3s",
-            name=f"{said} of {section.reference} @ {names}",
+            name=f"{said}@{section.reference}",
             seed=run.config.training.seed,
-            reduce=lambda pairs: float(judge(*map(list, zip(*pairs, strict=True)))),
+            settings={"over": section.over, "utterances": names},
+            reduce=reduce,
             **run.config.search_options(),
         )
         found[nfe] = result.grid
@@ -79,9 +86,23 @@ def search_grids(run: Run, student: Any) -> dict[int, Tensor]:
     return found
 
 
-def _rmse(generated: list[Tensor], references: list[Tensor]) -> float:
-    error = torch.cat(generated) - torch.cat(references)
-    return float(error.double().square().mean().sqrt())
+def _judged(section: O3SSection) -> tuple[Callable[[Tensor, Tensor], Any], Reduce]:
+    """What is made of an utterance's mels on the rank that has them, and of that of all."""
+    metric = section.metric
+    if isinstance(metric, str):
+        return _squares, _root_mean
+    if section.over == "utterances":
+        return lambda mel, goal: float(metric([mel], [goal])), o3s.mean
+    return lambda *pair: pair, lambda pairs: float(metric(*map(list, zip(*pairs, strict=True))))
+
+
+def _squares(mel: Tensor, goal: Tensor) -> tuple[float, int]:
+    return float((mel - goal).double().square().sum()), mel.numel()
+
+
+def _root_mean(squares: list[tuple[float, int]]) -> float:
+    sums, counts = zip(*squares, strict=True)
+    return math.sqrt(math.fsum(sums) / sum(counts))
 
 
 def write(run: Run, student: Any, found: dict[int, Tensor]) -> None:
