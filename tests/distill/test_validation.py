@@ -110,6 +110,13 @@ def test_the_teacher_is_asked_once(tmp_path):
     assert not torch.equal(longer.of(batch), mel), "other guidance"
 
 
+def test_no_seed_has_the_noise_of_the_next(tmp_path):
+    batch = batches(1)[0]
+    one, other = solves(tmp_path, seed=0), solves(tmp_path, seed=1)
+    assert not torch.equal(one.noise(batch, 1), other.noise(batch, 0))
+    assert not torch.equal(one.of(batch, 1), other.of(batch, 0))
+
+
 def test_a_student_is_told_its_number_of_steps(tmp_path):
     batch, student = batches(1)[0], Line().eval()
     student_mel(student, torch.randn_like(batch.x1), batch, 2, extra=lambda nfe: {"steps": nfe})
