@@ -1,6 +1,7 @@
 """Atomic writes: a reader sees the old file or the whole new one, never a part."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise FileNotFoundError(
             f"path: expected a file in a directory that exists, got no {path.parent}"
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     temporary.touch()
     mode = temporary.stat().st_mode
     try:

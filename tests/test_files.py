@@ -33,6 +33,19 @@ def test_files_get_the_permissions_of_any_new_file_whoever_writes_them(tmp_path)
     assert [stat.S_IMODE(path.stat().st_mode) for path in (plain, private)] == [0o640] * 2
 
 
+def test_writers_of_one_number_do_not_meet(tmp_path, monkeypatch):
+    """Processes on two machines may have the same."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    path = tmp_path / "result.json"
+    with replacing(path) as one:
+        one.write_text("one")
+        with replacing(path) as other:
+            other.write_text("other")
+        assert path.read_text() == "other"
+    assert path.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_missing_directory_is_named(tmp_path):
     with (
         pytest.raises(FileNotFoundError, match=r"path: .* got no .*missing$"),
