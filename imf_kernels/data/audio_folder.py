@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from imf_kernels.data import audio, mels
 from imf_kernels.data.texts import Tokenizer
@@ -11,6 +15,7 @@ from imf_kernels.data.utterances import Utterance, fitted, within
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 METADATA = "metadata.csv"
+THREADS = 16
 
 
 class AudioFolder:
@@ -51,12 +56,15 @@ class AudioFolder:
         if not said:
             raise ValueError(f"folder: expected audio ({', '.join(SUFFIXES)}) in {folder}")
         rate = self.mel.rate
-        counts = [audio.samples(self.folder / name, rate) for name, _ in said]
-        seconds = [count / rate for count in counts]
-        kept, self.left_out = within(seconds, min_seconds, max_seconds)
-        self.names = [said[i][0] for i in kept]
-        self.frames = [self.mel.frames(counts[i]) for i in kept]
-        self._texts = [said[i][1] for i in kept]
+        with ThreadPoolExecutor(THREADS) as pool:  # of which most wait for disks
+            paths = (self.folder / name for name, _ in said)
+            counts = torch.tensor(list(pool.map(partial(audio.samples, rate=rate), paths)))
+        kept, self.left_out = within(counts.double() / rate, min_seconds, max_seconds)
+        self.frames = self.mel.frames_of(counts[kept])
+        self.names = [said[i][0] for i in kept.tolist()]
+        self._texts = [said[i][1] for i in kept.tolist()]
+        if self.tokenizer is not None:
+            self.tokenizer.check(self._texts)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -68,7 +76,7 @@ class AudioFolder:
         features = {}
         if self.tokenizer is not None:
             features["text"] = self.tokenizer(self._texts[index])
-        return Utterance(name, fitted(str(path), mel, self.frames[index]), features)
+        return Utterance(name, fitted(str(path), mel, int(self.frames[index])), features)
 
     def _listed(self) -> Iterator[tuple[str, str]]:
         table = self.folder / METADATA

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Budget:
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | Tensor,
         frames: int,
         *,
         max_rows: int | None = None,
@@ -53,22 +53,21 @@ class Budget:
         if max_rows is not None:
             checks.positive_int("max_rows", max_rows)
         self.seed, self.ranks = seed, ranks
-        self._lengths = torch.tensor(list(lengths), dtype=torch.int64)
+        self._lengths = torch.as_tensor(lengths, dtype=torch.int32)
         kept = self._lengths <= frames
         if bool((self._lengths < 1).any()):
             worst = _name(int(self._lengths.argmin()), names)
             raise ValueError(f"lengths: expected a frame or more each, got none for {worst}")
         if not drop_long and not bool(kept.all()):
-            long = (~kept).nonzero().flatten().tolist()
-            worst = max(long, key=lengths.__getitem__)
+            longest = int(self._lengths.argmax())
             raise ValueError(
                 f"frames: expected no fewer than the longest utterance, or drop_long, got {frames} "
-                f"for {len(long)} longer ones, the longest {_name(worst, names)} of "
-                f"{lengths[worst]}"
+                f"for {int((~kept).sum())} longer ones, the longest {_name(longest, names)} of "
+                f"{int(self._lengths[longest])}"
             )
-        self._kept = kept.nonzero().flatten()
+        self._kept = kept.nonzero().flatten().int()
         self.left_out = len(kept) - len(self._kept)
-        ascending = self._lengths[self._kept].sort().values.tolist()
+        ascending = self._lengths[self._kept].sort().values
         self._cuts = _cuts(ascending, frames, max_rows, packed)
         self._per_rank = (len(self._cuts) - 1) // ranks
         if not self._per_rank:
@@ -99,16 +98,17 @@ class Budget:
         return ascending, torch.randperm(len(self._cuts) - 1, generator=generator).tolist()
 
 
-def _cuts(ascending: list[int], frames: int, max_rows: int | None, packed: bool) -> list[int]:
+def _cuts(ascending: Tensor, frames: int, max_rows: int | None, packed: bool) -> list[int]:
     """Where batches begin, and the end: as many rows in each as fit."""
     count, cuts = len(ascending), [0]
-    before = [0, *accumulate(ascending)]
+    lengths: Any = memoryview(ascending.numpy())  # type: ignore[arg-type]
+    sums: Any = memoryview(ascending.cumsum(0).numpy())  # type: ignore[arg-type]
     while (start := cuts[-1]) < count:
 
         def size(end: int, start: int = start) -> int:
             if packed:
-                return before[end] - before[start]
-            return (end - start) * ascending[end - 1]
+                return sums[end - 1] - (sums[start - 1] if start else 0)
+            return (end - start) * lengths[end - 1]
 
         most = count if max_rows is None else min(start + max_rows, count)
         ends = range(start + 1, most + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,13 @@ import torch
 
 from imf_kernels import checks
 from imf_kernels.data import audio, mels
-from imf_kernels.data.utterances import Utterance, fitted, within
+from imf_kernels.data.utterances import Utterance, fitted, located, within
 from imf_kernels.files import replacing
 
 TOKENS_PER_SECOND = 25
 FRAMES_PER_TOKEN = 2
+ROWS = 64
+"""Of a row group, from which on reading one row at random is waste."""
 
 
 class CosyVoiceParquet:
@@ -53,7 +56,8 @@ class CosyVoiceParquet:
         checks.choice("embedding", embedding, ("utt", "spk"))
         self.mel, self.embedding = mels.of(mel), f"{embedding}_embedding"
         self._groups: list[tuple[Path, int]] = []
-        sizes, names, tokens = [], [], []
+        sizes: list[int] = []
+        names, parts = [], []
         for path in _files(Path(source)):
             with _opened(path) as file:
                 missing = {*self._columns, "utt"} - set(file.schema_arrow.names)
@@ -64,12 +68,21 @@ class CosyVoiceParquet:
                 sizes += [file.metadata.row_group(group).num_rows for group in groups]
                 table = file.read(["utt", "speech_token"])
             names += table["utt"].to_pylist()
-            tokens += pc.fill_null(pc.list_value_length(table["speech_token"]), 0).to_pylist()
+            counts = pc.fill_null(pc.list_value_length(table["speech_token"]), 0)
+            parts.append(torch.tensor(counts.to_numpy()))
+        if max(sizes, default=0) > ROWS:
+            warnings.warn(
+                f"source: row groups of up to {max(sizes)} rows in {source}, each of which is read "
+                "for one row: make copies with imf_kernels.data.regroup",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self._ends = list(accumulate(sizes))
-        seconds = [count / TOKENS_PER_SECOND for count in tokens]
+        tokens = torch.cat(parts)
+        seconds = tokens.double() / TOKENS_PER_SECOND
         self._kept, self.left_out = within(seconds, min_seconds, max_seconds)
-        self.names = [names[row] for row in self._kept]
-        self.frames = [FRAMES_PER_TOKEN * tokens[row] for row in self._kept]
+        self.frames = FRAMES_PER_TOKEN * tokens[self._kept]
+        self.names = [names[row] for row in self._kept.tolist()]
 
     @property
     def _columns(self) -> list[str]:
@@ -79,15 +92,16 @@ class CosyVoiceParquet:
         return len(self._kept)
 
     def __getitem__(self, index: int) -> Utterance:
-        which = bisect_right(self._ends, self._kept[index])
+        number = int(self._kept[index])
+        which = bisect_right(self._ends, number)
         path, group = self._groups[which]
         with _opened(path) as file:
             rows = file.read_row_group(group, self._columns)
-            row = rows.slice(self._kept[index] - self._ends[which] + len(rows), 1).to_pylist()[0]
+            row = rows.slice(number - self._ends[which] + len(rows), 1).to_pylist()[0]
         name = f"{path}, {self.names[index]}"
         wave = audio.read(name, row["audio_data"], self.mel.rate)
         mel = self.mel(wave / wave.abs().max().clamp(min=1))
-        mel = fitted(name, mel, self.frames[index])
+        mel = fitted(name, mel, int(self.frames[index]))
         tokens = torch.tensor(row["speech_token"])[: len(mel) // FRAMES_PER_TOKEN]
         speaker = torch.tensor(row[self.embedding], dtype=torch.float32)
         return Utterance(
@@ -144,13 +158,7 @@ def _files(source: Path) -> list[Path]:
         paths = [source]
     else:
         lines = source.read_text(encoding="utf-8").splitlines()
-        paths = [_beside(source, line.strip()) for line in lines if line.strip()]
+        paths = [located(line.strip(), source.parent) for line in lines if line.strip()]
     if not paths:
         raise ValueError(f"source: expected parquet files, got none in {source}")
     return paths
-
-
-def _beside(source: Path, line: str) -> Path:
-    """A file of a list: as it is written, or seen from the list."""
-    path = Path(line)
-    return path if path.is_absolute() or path.is_file() else source.parent / path

@@ -112,7 +112,15 @@ class _Batches(Dataset[Batch]):
     def __getitem__(self, taken: tuple[int, list[int]]) -> Batch:
         position, rows = taken
         generator = torch.Generator().manual_seed(seeds.seed(self.seed, self.rank, position))
-        return self.collate([self.utterances[row] for row in rows], generator)
+        return self.collate([self._read(row) for row in rows], generator)
+
+    def _read(self, row: int) -> Utterance:
+        try:
+            return self.utterances[row]
+        except (OSError, ValueError) as error:
+            name = self.utterances.names[row]
+            error.add_note(f"To go on without it, put {name!r} into the document's data.exclude")
+            raise
 
 
 @contextmanager

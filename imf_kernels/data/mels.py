@@ -47,9 +47,12 @@ class Mel:
 
     def frames(self, samples: int) -> int:
         """Frames of so many samples; 0 of those that are too few."""
-        if samples <= self.padding:
-            return 0
-        return max((samples + 2 * self.padding - self.n_fft) // self.hop + 1, 0)
+        return int(self.frames_of(torch.tensor(samples)))
+
+    def frames_of(self, samples: Tensor) -> Tensor:
+        """Frames of so many samples each, int32."""
+        frames = (samples + 2 * self.padding - self.n_fft) // self.hop + 1
+        return frames.clamp(min=0).masked_fill(samples <= self.padding, 0).int()
 
     def __call__(self, wave: Tensor) -> Tensor:
         """On the wave's device.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -10,9 +12,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from imf_kernels import checks
+from imf_kernels.models import checkpoints
 
 PADDING = -1
 """The id behind a row's text."""
+FIRST, UNKNOWN = 100, 0.05
+"""So many texts are looked at, and such a share of their tokens may be unknown."""
 
 
 def ids(text: str | Sequence[str], vocab: Mapping[str, int] | None) -> Tensor:
@@ -27,15 +32,16 @@ def padded(lines: Sequence[Tensor]) -> Tensor:
     return pad_sequence(list(lines), batch_first=True, padding_value=PADDING)
 
 
-def vocabulary(path: Path) -> dict[str, int]:
+def vocabulary(path: str | Path) -> dict[str, int]:
     """A token a line, whose number, from 0 on, is its id.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file.
+        FileNotFoundError, ValueError, ImportError: naming the file, see `checkpoints.local`.
     """
-    if not path.is_file():
+    file = checkpoints.local(path) if str(path).startswith(checkpoints.HUB) else Path(path)
+    if not file.is_file():
         raise FileNotFoundError(f"{path}: expected a vocabulary, got no file")
-    with path.open(encoding="utf-8", newline="\n") as lines:
+    with file.open(encoding="utf-8", newline="\n") as lines:
         vocab = {line.removesuffix("\n"): number for number, line in enumerate(lines)}
     if not vocab:
         raise ValueError(f"{path}: expected a token a line, got an empty file")
@@ -48,7 +54,7 @@ class Tokenizer:
     Args:
         kind: "byte"; "char", which takes lists of tokens besides; or "pinyin", which is F5-TTS's
             own and needs it installed: Chinese becomes syllables, all else characters.
-        vocab: `vocab.txt`, of the last two.
+        vocab: `vocab.txt` of the last two, on disk or as "hf://owner/repo/folder/vocab.txt".
     """
 
     def __init__(self, kind: str, vocab: str | Path | None = None) -> None:
@@ -57,11 +63,29 @@ class Tokenizer:
             wanted = "none" if kind == "byte" else "a path"
             raise ValueError(f"vocab: expected {wanted} with tokenizer {kind!r}, got {vocab!r}")
         self.kind = kind
-        self.vocab = None if vocab is None else vocabulary(Path(vocab))
+        self.vocab = None if vocab is None else vocabulary(vocab)
 
     def __call__(self, text: str | Sequence[str]) -> Tensor:
+        return ids(self._tokens(text), self.vocab)
+
+    def check(self, lines: Iterable[str | Sequence[str]]) -> None:
+        """Warn if more than a few of the first texts' tokens are unknown: id 0, F5-TTS's space."""
+        if self.vocab is None:
+            return
+        tokens = [token for line in islice(lines, FIRST) for token in self._tokens(line)]
+        unknown = [token for token in tokens if token not in self.vocab]
+        if len(unknown) > UNKNOWN * len(tokens):
+            warnings.warn(
+                f"tokenizer: {len(unknown)} of the first {len(tokens)} tokens of {self.kind!r} are "
+                f"not in the vocabulary, such as {sorted(set(unknown))[:5]}, and become id 0. "
+                "F5-TTS's released checkpoints have 'pinyin'",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _tokens(self, text: str | Sequence[str]) -> str | Sequence[str]:
         if self.kind == "pinyin":
             from f5_tts.model.utils import convert_char_to_pinyin
 
             (text,) = convert_char_to_pinyin(["".join(text)])
-        return ids(text, self.vocab)
+        return text

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from imf_kernels import checks
@@ -40,13 +42,16 @@ class Utterances(Protocol):
     """
 
     @property
-    def frames(self) -> Sequence[int]:
-        """Mel frames of each, no fewer than `self[i].mel` has, known without reading audio."""
+    def frames(self) -> Sequence[int] | Tensor:
+        """Mel frames of each, no fewer than `self[i].mel` has, known without reading audio.
+
+        An integer tensor `(len,)` on the CPU, or any sequence.
+        """
         ...
 
     @property
     def names(self) -> Sequence[str]:
-        """The utterances' names, known without reading audio."""
+        """The utterances' names, known without reading audio; looked up when asked, if many."""
         ...
 
     def __len__(self) -> int: ...
@@ -54,21 +59,28 @@ class Utterances(Protocol):
     def __getitem__(self, index: int) -> Utterance: ...
 
 
-def within(seconds: Sequence[float], least: float, most: float) -> tuple[list[int], int]:
-    """Which lengths are in `[least, most]`, and how many are not.
+def within(seconds: Sequence[float] | Tensor, least: float, most: float) -> tuple[Tensor, int]:
+    """Which lengths are in `[least, most]`, ascending int32, and how many are not.
 
     Raises:
         ValueError: all are outside, or the bounds are none.
     """
     checks.number("min_seconds", least, 0)
     checks.number("max_seconds", most, least)
-    kept = [i for i, length in enumerate(seconds) if least <= length <= most]
-    if not kept:
+    lengths = torch.as_tensor(seconds, dtype=torch.float64)
+    kept = ((lengths >= least) & (lengths <= most)).nonzero().flatten().int()
+    if not len(kept):
         raise ValueError(
             f"min_seconds, max_seconds: expected utterances in [{least}, {most}], got none of "
             f"{len(seconds)}"
         )
     return kept, len(seconds) - len(kept)
+
+
+def located(written: str, folder: Path) -> Path:
+    """A file as it is written, or if there is none seen from the folder."""
+    path = Path(written)
+    return path if path.is_absolute() or path.is_file() else folder / path
 
 
 def fitted(name: str, mel: Tensor, frames: int) -> Tensor:

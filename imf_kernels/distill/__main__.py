@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, schema.ConfigError) and os.environ.get("RANK", "0") != "0":
             return 1  # all ranks have read the same document
         kind = "" if isinstance(error, schema.ConfigError) else f"{type(error).__name__}: "
-        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        lines = [str(error), *getattr(error, "__notes__", ())]
+        print(f"error: {kind}{' '.join(' '.join(lines).split())}", file=sys.stderr)
         return 1
     return 0
 

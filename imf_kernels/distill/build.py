@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from imf_kernels import models
 from imf_kernels.data import Loader, Utterance, Utterances
@@ -74,11 +75,11 @@ def build(config: Config) -> Run:
 
     target, rest, path = config.named_class("dataset")
     utterances: Utterances = schema.make(target, rest, path)
-    _check_channels(utterances, model)
+    train, held = split(utterances, section.held_out, section.exclude)
+    _check_channels(train, model)
     target, rest, path = config.named_class("collate")
     collate = schema.make(target, rest, path)
     finish = _finish(config.model, device)
-    train, held = split(utterances, section.held_out)
     budget = {
         "frames": section.frames,
         "max_rows": section.max_rows,
@@ -215,51 +216,78 @@ def _finish(section: ModelSection, device: torch.device) -> Any:
 
 
 class Subset:
-    """Some of a dataset's utterances."""
+    """Some of a dataset's utterances: `indices`, integers `(len,)`."""
 
-    def __init__(self, utterances: Utterances, indices: Sequence[int]) -> None:
-        self.utterances, self.indices = utterances, list(indices)
-        self.frames = [utterances.frames[i] for i in self.indices]
-        self.names = [utterances.names[i] for i in self.indices]
+    def __init__(self, utterances: Utterances, indices: Tensor) -> None:
+        self.utterances, self.indices = utterances, indices.int()
+        self.frames = torch.as_tensor(utterances.frames, dtype=torch.int32)[self.indices]
+        self.names = _Names(utterances.names, self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Utterance:
-        return self.utterances[self.indices[index]]
+        return self.utterances[int(self.indices[index])]
 
 
-def split(utterances: Utterances, held_out: HeldOut | None) -> tuple[Any, Any]:
+class _Names(Sequence[str]):
+    """Some of a dataset's names, looked up when they are asked for."""
+
+    def __init__(self, names: Sequence[str], indices: Tensor) -> None:
+        self.names, self.indices = names, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.names[int(self.indices[index])]
+
+
+def split(
+    utterances: Utterances, held_out: HeldOut | None, exclude: Sequence[str] | str = ()
+) -> tuple[Any, Any]:
     """What is trained on, and what is held out; by names alone, whatever their order.
 
     Raises:
         ConfigError: names that are not there; nothing on one of the sides.
     """
+    path, names = "data.held_out", utterances.names
+    left = ~_among(names, exclude, "data.exclude")
     if held_out is None:
-        return utterances, None
-    path, names = "data.held_out.names", utterances.names
+        return (utterances if bool(left.all()) else Subset(utterances, left.nonzero()[:, 0])), None
     if held_out.share is not None:
-        path = "data.held_out.share"
-        chosen = {name for name in names if _share_of(name) < held_out.share}
-    elif isinstance(held_out.names, str):
-        chosen = {line for line in Path(held_out.names).read_text().splitlines() if line}
+        path, chosen = f"{path}.share", _shares(names) < held_out.share
     else:
-        chosen = set(held_out.names or ())
-    if missing := chosen.difference(names):
-        raise ConfigError(f"{path}: expected names of the dataset, got {sorted(missing)[:3]}")
-    held = [i for i, name in enumerate(names) if name in chosen]
-    kept = [i for i, name in enumerate(names) if name not in chosen]
-    if not held or not kept:
+        path = f"{path}.names"
+        chosen = _among(names, held_out.names or (), path)
+    held, kept = (left & chosen).nonzero()[:, 0], (left & ~chosen).nonzero()[:, 0]
+    if not len(held) or not len(kept):
         raise ConfigError(
             f"{path}: expected some utterances held out and some not, got {len(held)} and "
             f"{len(kept)}"
         )
-    held.sort(key=lambda i: _share_of(names[i]))
+    held = held[_shares(_Names(names, held)).argsort(stable=True)]
     return Subset(utterances, kept), Subset(utterances, held[: held_out.items])
 
 
+def _among(names: Sequence[str], said: Sequence[str] | str, path: str) -> Tensor:
+    """Bool `(len,)`: which of the names are said, one by one or by a file of them."""
+    if isinstance(said, str):
+        said = [line for line in Path(said).read_text(encoding="utf-8").splitlines() if line]
+    chosen = set(said)
+    if not chosen:
+        return torch.zeros(len(names), dtype=torch.bool)
+    if missing := chosen.difference(names):
+        raise ConfigError(f"{path}: expected names of the dataset, got {sorted(missing)[:3]}")
+    return torch.frombuffer(bytearray(name in chosen for name in names), dtype=torch.bool)
+
+
+def _shares(names: Sequence[str]) -> Tensor:
+    """Of each name a number in [0, 1)."""
+    return torch.frombuffer(array("d", map(_share_of, names)), dtype=torch.float64)
+
+
 def _share_of(name: str) -> float:
-    """A number in [0, 1) of a name."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 

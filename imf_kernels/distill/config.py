@@ -164,6 +164,8 @@ class DataSection:
         frames, max_rows, packed, drop_long: What a batch of one rank may hold, see `data.Budget`.
         workers: Processes that read ahead, of each rank.
         held_out: See `HeldOut`.
+        exclude: Names of utterances that are neither trained on nor held out, such as damaged ones;
+            or a file of names, a line each.
     """
 
     dataset: Mapping[str, Any]
@@ -174,6 +176,7 @@ class DataSection:
     workers: int = 0
     collate: Mapping[str, Any] = field(default_factory=dict)
     held_out: HeldOut | None = None
+    exclude: tuple[str, ...] | str = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +277,8 @@ class Config:
         _expect_file("output.like", self.output.like)
         if self.data.held_out is not None and isinstance(self.data.held_out.names, str):
             _expect_file("data.held_out.names", self.data.held_out.names)
+        if isinstance(self.data.exclude, str):
+            _expect_file("data.exclude", self.data.exclude)
         in_place = self.output.like is None and self.model.student.step_tokens is None
         if in_place and self.model.family in ("cosyvoice2", "cosyvoice3"):
             object.__setattr__(self.output, "like", self.model.checkpoint)

@@ -22,6 +22,8 @@ from imf_kernels.data import (
     mels,
     regroup,
 )
+from imf_kernels.distill.build import split
+from imf_kernels.distill.config import HeldOut
 from tests.data_loading import sounds
 
 
@@ -74,10 +76,11 @@ def folder(tmp_path):
 
 
 def test_folder(folder):
-    data = AudioFolder(folder, tokenizer="char", vocab=folder / "vocab.txt")
+    with pytest.warns(RuntimeWarning, match=r"2 of the first 6 tokens of 'char' .* \['t', 'w'\]"):
+        data = AudioFolder(folder, tokenizer="char", vocab=folder / "vocab.txt")
     assert data.names == ["b/two.wav", "one.wav"]
     assert data.left_out == 1
-    assert data.frames == [len(data[i].mel) for i in range(2)] == [47, 36]
+    assert data.frames.tolist() == [len(data[i].mel) for i in range(2)] == [47, 36]
     wave, _ = soundfile.read(folder / "one.wav", dtype="float32")
     assert torch.equal(data[1].mel, mel_of(wave))
     assert data[1].features["text"].tolist() == [1, 2, 3]
@@ -112,10 +115,32 @@ def test_pinyin_is_f5_tts_own(folder):
         f5_client.load()
     except ImportError as error:
         pytest.skip(f"needs f5-tts: {error}")
-    (folder / "vocab.txt").write_text(" \nni3\nhao3\no\nk\n", encoding="utf-8")
+    (folder / "vocab.txt").write_text(" \nni2\nni3\nhao3\no\nk\nt\nw\n", encoding="utf-8")
     (folder / "one.txt").write_text("你好ok", encoding="utf-8")
     data = AudioFolder(folder, tokenizer="pinyin", vocab=folder / "vocab.txt")
-    assert [i for i in data[1].features["text"].tolist() if i] in ([1, 2, 3, 4], [2, 3, 4])
+    assert [i for i in data[1].features["text"].tolist() if i] == [1, 3, 4, 5]
+    with pytest.warns(RuntimeWarning, match="first 7 tokens of 'char'"):
+        AudioFolder(folder, tokenizer="char", vocab=folder / "vocab.txt")
+
+
+def test_known_tokens_are_not_warned_of(folder, recwarn):
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in "onetw"))
+    AudioFolder(folder, tokenizer="char", vocab=folder / "vocab.txt")
+    assert not recwarn.list
+
+
+def test_a_vocabulary_of_the_hub(folder, monkeypatch):
+    fetched = []
+
+    def download(repo, inner):
+        fetched.append((repo, inner))
+        return str(folder / "vocab.txt")
+
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in "onetw"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    data = AudioFolder(folder, tokenizer="char", vocab="hf://owner/repo/inner/vocab.txt")
+    assert data[1].features["text"].tolist() == [0, 1, 2]
+    assert fetched == [("owner/repo", "inner/vocab.txt")]
 
 
 def test_audio_that_broke_off(folder):
@@ -224,10 +249,49 @@ def test_prepared_bytes_and_relative_paths(prepared):
         [row | {"audio_path": f"{i}.wav", "text": "é"} for i, row in enumerate(rows)],
     )
     data = F5Prepared(folder, tokenizer="byte")
-    assert data.names == ["0.wav", "1.wav", "3.wav"]
+    assert list(data.names) == [data.names[i] for i in range(3)] == ["0.wav", "1.wav", "3.wav"]
     assert data[2].features["text"].tolist() == [0xC3, 0xA9]
     with pytest.raises(FileNotFoundError, match=r"vocab.txt: expected a vocabulary"):
         F5Prepared(folder)
+
+
+def test_relative_paths_are_f5_tts_own_first(prepared, monkeypatch):
+    folder, rows = prepared
+    (folder / "inner").mkdir()
+    stream(folder / "inner/raw.arrow", [rows[0] | {"audio_path": "a.wav"}])
+    (folder / "vocab.txt").rename(folder / "inner/vocab.txt")
+    monkeypatch.chdir(folder)
+    data = F5Prepared("inner")
+    for path, hertz in (("inner/a.wav", 220.0), ("a.wav", 440.0)):
+        wave, _ = soundfile.read(sounds.write(folder / path, 12000, hertz=hertz), dtype="float32")
+        assert torch.equal(data[0].mel, mel_of(wave))
+
+
+def test_an_index_of_many_rows_is_a_few_bytes_each(tmp_path):
+    count = 4000
+    name = "raw/EN/EN_B00000/mp3/{:06d}.mp3".format
+    durations = [1 + i % 40 for i in range(count)]
+    columns = {
+        "audio_path": [name(i) for i in range(count)],
+        "text": [["a"]] * count,
+        "duration": durations,
+    }
+    table = pa.table(columns)
+    path = str(tmp_path / "raw.arrow")
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    (tmp_path / "vocab.txt").write_text("a\n")
+    data = F5Prepared(tmp_path)
+    kept = [i for i in range(count) if durations[i] <= 30]
+    assert list(data.names) == [name(i) for i in kept]
+    assert data.frames.tolist() == [data.mel.frames(24000 * durations[i]) for i in kept]
+    train, held = split(data, HeldOut(share=0.1, items=8))
+    assert set(train.names).isdisjoint(held.names)
+    assert train.frames.tolist() == [
+        data.mel.frames(24000 * durations[int(n[-10:-4])]) for n in train.names
+    ]
+    assert len(pickle.dumps(train)) < 20 * count
+    assert len(pickle.dumps(Loader(train, Infilling(), frames=9000).budget)) < 12 * count
 
 
 @pytest.mark.parametrize("leading", [False, True])
@@ -345,9 +409,20 @@ def test_regrouped(shards):
     again = CosyVoiceParquet(copies)
     sizes = pq.ParquetFile(shards / "copies" / "000000000.parquet").metadata
     assert [sizes.row_group(i).num_rows for i in range(sizes.num_row_groups)] == [2, 1]
-    assert again.frames == data.frames
+    assert again.frames.equal(data.frames)
     for i in range(len(data)):
         same(again[i], data[i])
+
+
+def test_large_row_groups_are_warned_of(tmp_path, recwarn):
+    row = cosyvoice_rows(1, 1)[0] | {"audio_data": b""}
+    pq.write_table(pa.Table.from_pylist([row] * 65), tmp_path / "x.parquet")
+    with pytest.warns(RuntimeWarning, match=r"up to 65 rows .*imf_kernels\.data\.regroup"):
+        CosyVoiceParquet(tmp_path / "x.parquet")
+    copies = regroup(tmp_path, tmp_path / "copies")
+    recwarn.clear()
+    assert len(CosyVoiceParquet(copies)) == 65
+    assert not recwarn.list
 
 
 def test_damaged_parquet(shards, tmp_path):

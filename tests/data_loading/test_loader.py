@@ -109,8 +109,10 @@ def test_what_cannot_be_read_is_an_error(workers):
             raise ValueError(f"made_{index}: expected audio")
 
     made = Loader(Broken([3]), drawn, frames=9, workers=workers)
-    with pytest.raises(ValueError, match="made_0: expected audio"):
+    with pytest.raises(ValueError, match="made_0: expected audio") as caught:
         next(made(0))
+    said = " ".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+    assert "put 'made_0' into the document's data.exclude" in said
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_held_out_by_name_outlives_another_order(tmp_path):
     kept, held = split(Noises(), HeldOut(share=0.3, items=3))
     again = split(Reversed(), HeldOut(share=0.3, items=3))
     assert sorted(kept.names) == sorted(again[0].names)
-    assert held.names == again[1].names, "also in their order"
+    assert list(held.names) == list(again[1].names), "also in their order"
     assert len(held) == 3 < 24 - len(kept), "what is not evaluated is not trained on either"
     assert not set(kept.names) & set(held.names)
 
@@ -197,6 +197,25 @@ def test_held_out_by_name_outlives_another_order(tmp_path):
         split(Noises(), HeldOut(names=("other",)))
     with pytest.raises(ConfigError, match="expected some utterances held out and some not"):
         split(Noises(2), HeldOut(share=1e-6))
+
+
+def test_excluded_by_name(tmp_path, document):
+    listed = tmp_path / "damaged.txt"
+    listed.write_text("noise_3\nnoise_1\n")
+    for exclude in (("noise_3", "noise_1"), str(listed)):
+        kept, held = split(Noises(), None, exclude)
+        assert held is None
+        assert sorted({*Noises().names} - {*kept.names}) == ["noise_1", "noise_3"]
+        kept, held = split(Noises(), HeldOut(names=("noise_1", "noise_2")), exclude)
+        assert list(held.names) == ["noise_2"]
+        assert len(kept) == 21
+        assert [kept[i].name for i in range(21)] == list(kept.names)
+    with pytest.raises(ConfigError, match=r"data.exclude: expected names of .*'other'"):
+        split(Noises(), None, ["other"])
+    config = configs.parse(put(document, "data.exclude", ["noise_1"]))
+    assert config.data.exclude == ("noise_1",)
+    with pytest.raises(ConfigError, match=r"data.exclude: expected a file, got none: none.txt"):
+        configs.parse(put(document, "data.exclude", "none.txt"))
 
 
 def test_only_the_estimator_and_its_mixer_train():

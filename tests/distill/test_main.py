@@ -82,3 +82,22 @@ def test_errors_are_a_line(document, capsys):
         assert said.err.count("\n") == 1
     with pytest.raises(ValueError, match=r"training\.lr"):
         main([document, "--debug", "--set", "training.lr=fast"])
+
+
+def test_a_damaged_utterance_is_named_and_excluded(document, monkeypatch, capsys):
+    class Damaged(own.Noises):
+        def __getitem__(self, index):
+            if self.names[index] == "noise_5":
+                raise ValueError("5.wav: expected audio")
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(own, "Noises", Damaged)
+    chosen = [f"--set={name}=null" for name in ("validation", "previews", "o3s")]
+    chosen += ["--set=training.updates=20", "--set=data.held_out=null"]
+    for workers in (0, 1):
+        assert main([document, *chosen, f"--set=data.workers={workers}"]) == 1
+        said = capsys.readouterr().err
+        assert "5.wav: expected audio" in said
+        assert "put 'noise_5' into the document's data.exclude" in said
+        assert said.count("\n") == 1
+    assert main([document, *chosen, "--set=data.exclude=[noise_5]"]) == 0
