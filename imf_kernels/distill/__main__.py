@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1  # all ranks have read the same document
         kind = "" if isinstance(error, schema.ConfigError) else f"{type(error).__name__}: "
         lines = [str(error), *getattr(error, "__notes__", ())]
-        print(f"error: {kind}{' '.join(' '.join(lines).split())}", file=sys.stderr)
+        print(f"error: {kind}{' '.join('. '.join(lines).split())}", file=sys.stderr)
         return 1
     return 0
 
