@@ -55,10 +55,11 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {"skipped": self.skipped, **{name: list(kept) for name, kept in self.good.items()}}
+        counts = {"skipped": self.skipped, "in_a_row": self.in_a_row}
+        return {**counts, **{name: list(kept) for name, kept in self.good.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.skipped, self.in_a_row = state["skipped"], 0
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         for name, kept in self.good.items():
             kept.clear()
             kept.extend(state[name])

@@ -18,6 +18,18 @@ from imf_kernels.files import replacing
 
 PATIENCE = 10.0
 """Seconds to look for another rank's last words, once it is gone."""
+IMPATIENCE = 1.0
+"""Seconds after which a further SIGINT is meant."""
+BROKEN = (
+    "gloo/transport",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "ProcessGroup",
+    "NCCL error",
+    "NCCL communicator",
+)
+"""Of a RuntimeError that is a collective's; gloo has no type of its own."""
 
 
 class Stopped(Exception):
@@ -37,13 +49,16 @@ class RankFailed(SystemExit):
 
 
 class Signals:
-    """Within, the first SIGTERM or SIGINT is noted in `asked`; a second one acts as usual.
+    """Within, the first SIGTERM or SIGINT is noted in `asked`, and what follows changes nothing:
+    the end of a job is often told twice, by the scheduler and by the launcher. A SIGINT a second
+    later is somebody who does not want to wait: it acts as usual.
 
     Only the main thread can ask for signals: in another they act as usual.
     """
 
     def __init__(self) -> None:
         self.asked: str | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -58,8 +73,12 @@ class Signals:
         self._before = {}
 
     def _note(self, number: int, frame: object) -> None:
-        self.asked = signal.Signals(number).name
-        self.__exit__()
+        now = time.monotonic()
+        if self.asked is None:
+            self.asked, self._since = signal.Signals(number).name, now
+        elif number == signal.SIGINT and now - self._since >= IMPATIENCE:
+            self.__exit__()
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager
@@ -99,9 +118,9 @@ def last_words(folder: Path, rank: int, ranks: int) -> Iterator[None]:
         if _broken(error):
             said = _wait_for_words(folder, rank)
             if said is not None:
-                raise RankFailed(said["rank"], said["error"]) from None
+                raise RankFailed(said["rank"], said["error"]) from error
             lost = "a rank has gone without a word: killed, out of memory, or out of reach"
-            raise ConnectionError(lost) from error
+            raise ConnectionError(f"{lost} ({_text(error)})") from error
         with contextlib.suppress(OSError), replacing(words(folder, rank)) as temporary:
             temporary.write_text(json.dumps({"rank": rank, "error": _text(error)}))
         raise
@@ -130,11 +149,10 @@ def _wait_for_words(folder: Path, rank: int) -> dict[str, Any] | None:
 
 
 def _broken(error: Exception) -> bool:
-    """Whether an error may be a collective's; gloo has no type of its own."""
+    """Whether an error may be a collective's."""
     if isinstance(error, dist.DistError):
         return True
-    signs = ("gloo", "nccl", "connection", "process group", "timed out")
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in BROKEN)
 
 
 def _text(error: Exception) -> str:

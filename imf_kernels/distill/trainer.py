@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from imf_kernels import seeds
-from imf_kernels.distill import by_interval, guard, saves, stops
+from imf_kernels.distill import by_interval, guard, lock, saves, stops
 from imf_kernels.distill.optimization import schedule, train_mode, trainable
 from imf_kernels.distill.parallel import connect, from_all
 from imf_kernels.distill.plain import Objective
@@ -118,12 +118,16 @@ class Trainer:
             OSError: a checkpoint cannot be written; the last good one is still there.
             ValueError: batches that end; settings that are not those of the run in `folder`.
             RankFailed: another rank has failed; the message is that rank's.
+            Locked: another process trains in `folder`.
         """
-        with stops.last_words(self.folder, self.rank, self.ranks), stops.Signals() as signals:
+        with contextlib.ExitStack() as within:
             with stops.together():
                 if self.rank == 0:
+                    within.enter_context(lock.held(self.folder))
                     saves.begin(self.folder / CHECKPOINTS)
                     stops.forget(self.folder)
+            within.enter_context(stops.last_words(self.folder, self.rank, self.ranks))
+            signals = within.enter_context(stops.Signals())
             self._state.load_newest(self.folder / CHECKPOINTS)
             self._call("started")
             self._train(signals)
@@ -153,16 +157,16 @@ class Trainer:
     # -- training -------------------------------------------------------------------------------
 
     def _train(self, signals: stops.Signals) -> None:
-        settings, due = self.settings, False
+        settings = self.settings
         train_mode(self.student)
         source = iter(self.batches(self.update * settings.accumulate))
         while self.update < settings.updates:
             record, stop = self._step(source, signals)
             self._call("updated", record)
-            due = due or self.update % settings.save_every == 0 or self.update == settings.updates
-            if record["skipped"] or not (due or stop):
-                continue  # saved after good updates only
-            path, due = self._state.save(self.folder / CHECKPOINTS), False
+            due = self.update % settings.save_every == 0 or self.update == settings.updates
+            if not (due or stop):
+                continue
+            path = self._state.save(self.folder / CHECKPOINTS)
             self._call("saved", path)
             if stop:
                 self._call("ended")

@@ -1,7 +1,10 @@
 """Signals, and kills."""
 
+import json
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -53,33 +56,43 @@ def test_sigterm_saves_and_ends_in_order(tmp_path):
     assert saved(tmp_path) == [f"step_{update:08d}"]
 
 
-class Twice:
+class Ask:
+    """Signals before the first update."""
+
+    def __init__(self, *numbers):
+        self.numbers = numbers
+
     def started(self, trainer):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+        for number in self.numbers:
+            signal.raise_signal(number)
 
 
-def test_a_second_signal_acts_as_usual(tmp_path):
+def test_the_end_may_be_told_twice(tmp_path):
+    """By a scheduler to every process, and by the launcher again."""
+    numbers = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
+    with pytest.raises(Stopped, match="SIGTERM: stopped after update 1"):
+        trainer(tmp_path, 4, callbacks=[Ask(*numbers)]).run()
+    assert saved(tmp_path) == ["step_00000001"]
+
+
+def test_a_later_sigint_acts_as_usual(tmp_path, monkeypatch):
+    monkeypatch.setattr(stops, "IMPATIENCE", 0.0)
+    with pytest.raises(Stopped):
+        trainer(tmp_path / "one", 4, callbacks=[Ask(signal.SIGINT, signal.SIGTERM)]).run()
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path, 4, callbacks=[Twice()]).run()
-    assert saved(tmp_path) == []
+        trainer(tmp_path / "two", 4, callbacks=[Ask(signal.SIGTERM, signal.SIGINT)]).run()
+    assert saved(tmp_path / "two") == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_handlers_are_put_back(tmp_path, number):
     before = signal.getsignal(number)
 
-    class Ask:
-        def started(self, trainer):
-            assert signal.getsignal(number) is not before
-            signal.raise_signal(number)
-            assert signal.getsignal(number) is before
-
     trainer(tmp_path / "whole", 2).run()
     assert signal.getsignal(number) is before
     records = Records()
     with pytest.raises(Stopped, match=number.name) as caught:
-        trainer(tmp_path / "stopped", 4, callbacks=[Ask(), records]).run()
+        trainer(tmp_path / "stopped", 4, callbacks=[Ask(number), records]).run()
     assert signal.getsignal(number) is before
     assert caught.value.update == 1
     assert caught.value.path == tmp_path / "stopped" / "checkpoints" / "step_00000001"
@@ -100,20 +113,28 @@ def test_in_another_thread_signals_are_nobodys(tmp_path):
     assert saved(tmp_path) == ["step_00000002"]
 
 
-def test_no_checkpoint_after_a_bad_update(tmp_path):
-    """A signal during one: the next good one is saved."""
+def test_a_signal_during_a_bad_update(tmp_path):
+    """That changed nothing: what was before it is saved, and that it was bad."""
     records = Records()
 
     def made(student, batch):
-        bad = records.records == []
-        if bad:
+        bad = len(records.records) in (0, 2)
+        if records.records == []:
             signal.raise_signal(signal.SIGTERM)
         loss = student.net[0].weight.square().sum() * (torch.nan if bad else 1.0)
         return loss, {}
 
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(Stopped, match="update 2"):
-        trainer(tmp_path, 5, made=made, callbacks=[records]).run()
-    assert saved(tmp_path) == ["step_00000002"]
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(Stopped, match="update 1"):
+        trainer(tmp_path, 3, made=made, callbacks=[records]).run()
+    assert saved(tmp_path) == ["step_00000001"]
+    state = json.loads((tmp_path / "checkpoints/step_00000001/state.json").read_text())
+    assert state["guard"]["in_a_row"] == 1
+    with pytest.warns(UserWarning, match="update 3 skipped"):
+        trainer(tmp_path, 3, made=made, callbacks=[records]).run()
+    assert saved(tmp_path) == ["step_00000001", "step_00000003"], "the last one is due"
+    again = trainer(tmp_path, 3, made=made)
+    again.run()
+    assert again._state.guard.in_a_row == 1
 
 
 # -- kills ----------------------------------------------------------------------------------------
@@ -126,13 +147,14 @@ def work(folder, aim, half):
     """A run; half of the aim-th file of its checkpoints is written, then it waits to be killed."""
     own, written = saves.write, []
 
-    def write(path, data):
+    def write(path, fill):
         written.append(path)
         if len(written) == aim:
-            path.write_bytes(data[: len(data) // 2])
+            fill(path)
+            os.truncate(path, path.stat().st_size // 2)
             half.value = 1
             time.sleep(60)
-        own(path, data)
+        return own(path, fill)
 
     saves.write = write
     trainer(folder, UPDATES, **OPTIONS).run()
@@ -172,3 +194,42 @@ def test_last_words_of_one_process_are_its_own(tmp_path):
     with pytest.raises(RuntimeError, match="gloo"), stops.last_words(tmp_path, 0, 1):
         raise RuntimeError("gloo says something")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_its_own_is_told(tmp_path, monkeypatch):
+    """Also where it speaks of connections; of a collective that breaks the text is kept."""
+    monkeypatch.setattr(stops, "PATIENCE", 0.0)
+    with pytest.raises(RuntimeError, match=r"^skip connection"), stops.last_words(tmp_path, 0, 2):
+        raise RuntimeError("skip connection of width 3 expected, got 4: gloomy, timed out")
+    text = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+    with (
+        pytest.raises(ConnectionError, match=r"without a word: .*pair.cc:547\] Connection closed"),
+        stops.last_words(tmp_path, 0, 2),
+    ):
+        raise RuntimeError(text)
+
+
+def hold(folder, ready, done):
+    class Wait:
+        def started(self, trainer):
+            (folder / "checkpoints/.step_00000001.tmp").mkdir()
+            ready.set()
+            done.wait(60)
+
+    trainer(folder, 1, callbacks=[Wait()]).run()
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    child = context.Process(target=hold, args=(tmp_path, ready, done), daemon=True)
+    child.start()
+    assert ready.wait(60)
+    holder = f"where process {child.pid} on {socket.gethostname()} trains"
+    with pytest.raises(RuntimeError, match=f"folder: expected one that no other run .*{holder}"):
+        trainer(tmp_path, 1).run()
+    assert saved(tmp_path) == [".step_00000001.tmp"], "the other run's draft is left alone"
+    child.kill()
+    child.join()
+    trainer(tmp_path, 1).run()
+    assert saved(tmp_path) == ["step_00000001"]
