@@ -16,12 +16,14 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from imf_kernels.files import replacing
 
 MANIFEST = "manifest.json"
 
@@ -47,16 +49,15 @@ class Draft:
         """
         path = self.hidden / name
         with self._telling(path):
-            write(path, data)
-        self.files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            self.files[name] = write(path, lambda file: file.write_bytes(data))
 
     def add_tensors(
         self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
     ) -> None:
-        """`<name>.safetensors`."""
-        from safetensors.torch import save
-
-        self.add(f"{name}.safetensors", save(dict(tensors), metadata))
+        """`<name>.safetensors`, likewise; the tensors are not copied."""
+        path = self.hidden / f"{name}.safetensors"
+        with self._telling(path):
+            self.files[path.name] = write(path, lambda file: _save(tensors, file, metadata))
 
     def add_flat(self, name: str, values: Mapping[str, Any]) -> None:
         """Tensors as `<name>.safetensors`, numbers as its metadata."""
@@ -94,17 +95,18 @@ class Draft:
             last = f"the last good one is {kept[-1].name}" if kept else "there is none yet"
             raise OSError(
                 error.errno,
-                f"{error.strerror}, writing the checkpoint {self.path.name} ({last})",
+                f"{error.strerror or error}, writing the checkpoint {self.path.name} ({last})",
                 str(path),
             ) from error
 
 
-def write(path: Path, data: bytes) -> None:
-    """A new file that is on the disk when this returns."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def write(path: Path, fill: Callable[[Path], object]) -> dict[str, Any]:
+    """A file that `fill` writes, on the disk when this returns; what the manifest says of it."""
+    with replacing(path) as temporary:
+        fill(temporary)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def begin(folder: Path) -> None:
@@ -181,6 +183,20 @@ def flat(path: Path, name: str) -> dict[str, Any]:
     with safe_open(path / f"{name}.safetensors", "pt") as file:
         numbers = json.loads(file.metadata()["numbers"])
     return {k: v.clone() for k, v in tensors(path, name).items()} | numbers
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    """safetensors' own, with the errors of the system as such."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _remove(path: Path) -> None:

@@ -61,11 +61,9 @@ class State:
                     draft.add_flat(f"objective_{self.rank}", self.objective.state_dict())
             for files in from_all(draft.files):
                 draft.files |= files
-            tensors = self._tensors()
+            self._add_tensors(draft)
             with stops.together():
                 if main:
-                    for name, part in tensors.items():
-                        draft.add_tensors(name, part)
                     draft.add("state.json", json.dumps(self._told(), indent=1).encode())
                     draft.publish(self.settings.keep)
         except BaseException:
@@ -86,22 +84,26 @@ class State:
             "imf_kernels": __version__,
         }
 
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Whole tensors on the CPU, on the first rank; the others help to gather them."""
+    def _add_tensors(self, draft: saves.Draft) -> None:
+        """Write whole tensors on the first rank, whose memory needs room for one file of them at
+        a time; the others help to gather them."""
 
-        def whole(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-            return {name: gathered(value, self.rank == 0) for name, value in tensors.items()}
+        def add(name: str, tensors: Mapping[str, Tensor]) -> None:
+            whole: Any = {k: gathered(value, self.rank == 0) for k, value in tensors.items()}
+            with stops.together():
+                if self.rank == 0:
+                    draft.add_tensors(name, whole)
 
         self.spread.reshard()
-        parts = {"model": whole(self.student.state_dict())}
+        add("model", self.student.state_dict())
         if self.ema is not None:
             with self.ema.assigned():
-                parts["ema"] = whole(self.parameters)
+                add("ema", self.parameters)
         moments = self.optimizer.state
-        parts["optimizer"] = whole(
-            {f"{n}.{k}": v for n, p in self.parameters.items() for k, v in moments[p].items()}
+        add(
+            "optimizer",
+            {f"{n}.{k}": v for n, p in self.parameters.items() for k, v in moments[p].items()},
         )
-        return parts
 
     # -- loading --------------------------------------------------------------------------------
 

@@ -213,10 +213,10 @@ def full(rank, folder):
     """The disk of one rank is."""
     own = saves.write
 
-    def write(path, data):
+    def write(path, fill):
         if rank == 1 and "00000008" in str(path):
             raise OSError(28, "No space left on device")
-        own(path, data)
+        return own(path, fill)
 
     saves.write = write
     return keep(rank, folder, 8, 0)

@@ -5,6 +5,7 @@ import json
 import resource
 import signal
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -228,11 +229,11 @@ def test_another_torch_is_warned_of(tmp_path, monkeypatch):
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     want, own = weights(trainer(tmp_path / "whole", 8).run()), saves.write
 
-    def write(path, data):
+    def write(path, fill):
         if "00000008" in str(path) and path.name == "optimizer.safetensors":
-            own(path, data[:100])
+            path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        own(path, data)
+        return own(path, fill)
 
     monkeypatch.setattr(saves, "write", write)
     with pytest.raises(OSError, match="No space left on device") as caught:
@@ -247,8 +248,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 
 
 def limited(folder, answers):
-    """As on a disk with room for 4 KB more."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    """As on a disk with room for 1 KB more: less than the weights take."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
     try:
         trainer(folder, 4).run()
     except OSError as error:
@@ -267,9 +268,27 @@ def test_a_write_that_the_system_refuses(tmp_path):
     assert saved(tmp_path) == []
 
 
+def test_one_part_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    """Not all of them, nor a copy of any as bytes."""
+    parts, add = [], saves.Draft.add_tensors
+
+    def watched(draft, name, tensors, metadata=None):
+        assert all(ref() is None for ref in parts)
+        parts.extend(weakref.ref(value) for value in tensors.values())
+        add(draft, name, tensors, metadata)
+
+    monkeypatch.setattr(saves.Draft, "add_tensors", watched)
+    monkeypatch.setattr("safetensors.torch.save", None)
+    trainer(tmp_path, 1, ema_decay=0.5).run()
+    assert len(parts) > 4
+    modes = {path.stat().st_mode for path in (tmp_path / "checkpoints/step_00000001").iterdir()}
+    (tmp_path / "any").touch()
+    assert modes == {(tmp_path / "any").stat().st_mode}
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="file"):
+    with pytest.raises(FileExistsError, match="file"):
         trainer(tmp_path / "file", 4).run()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("")
