@@ -7,10 +7,12 @@ callbacks that add to records.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,19 +78,30 @@ class JsonLines:
 
     name = "log.jsonl"
 
+    def __init__(self) -> None:
+        self._spared, self._cut = _Spared(), False
+
     def started(self, trainer: Any) -> None:
         if not _first(trainer):
             return
         path = self._path(trainer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read(path) if record["update"] <= trainer.update]
-        with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        with self._spared(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [record for record in read(path) if record["update"] <= trainer.update]
+            with replacing(path) as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def updated(self, trainer: Any, record: Mapping[str, float]) -> None:
-        if _first(trainer) and worth_telling(trainer, record):
-            with self._path(trainer).open("a") as file:
-                file.write(json.dumps(_plain(record)) + "\n")
+        if not (_first(trainer) and worth_telling(trainer, record)):
+            return
+        path, line = self._path(trainer), json.dumps(_plain(record)) + "\n"
+        if self._cut:
+            line = "\n" + line
+        self._cut = True
+        with self._spared(path):
+            with path.open("a") as file:
+                file.write(line)
+            self._cut = False
 
     def _path(self, trainer: Any) -> Path:
         return Path(trainer.folder) / self.name
@@ -102,39 +115,63 @@ class TensorBoard:
 
     def __init__(self) -> None:
         self.writer: Any = None
+        self._spared = _Spared()
 
     def started(self, trainer: Any) -> None:
         if not _first(trainer):
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(
-            str(Path(trainer.folder) / "tensorboard"), purge_step=trainer.update + 1
-        )
+        path = self._path(trainer)
+        with self._spared(path):
+            self.writer = SummaryWriter(str(path), purge_step=trainer.update + 1)
 
     def updated(self, trainer: Any, record: Mapping[str, float]) -> None:
-        if self.writer is not None and worth_telling(trainer, record):
+        if self.writer is None or not worth_telling(trainer, record):
+            return
+        writer, self.writer = self.writer, None  # one that has failed fails again
+        with self._spared(self._path(trainer)):
             for name, value in record.items():
                 if name != "update":
                     tag = name if "/" in name else f"train/{name}"
-                    self.writer.add_scalar(tag, value, int(record["update"]))
+                    writer.add_scalar(tag, value, int(record["update"]))
+            self.writer = writer
 
     def ended(self, trainer: Any) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with self._spared(self._path(trainer)):
+                self.writer.close()
             self.writer = None
+
+    def _path(self, trainer: Any) -> Path:
+        return Path(trainer.folder) / "tensorboard"
 
 
 def read(path: str | Path) -> list[dict[str, float]]:
-    """The records of a `log.jsonl`; a last line that a kill has cut off is left out."""
+    """The records of a `log.jsonl`; lines that a kill or a full disk has cut off are left out."""
     path = Path(path)
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return records
+
+
+class _Spared:
+    """A run goes on where its log cannot be written, which is warned of once."""
+
+    def __init__(self) -> None:
+        self.warned = False
+
+    @contextlib.contextmanager
+    def __call__(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self.warned:
+                why = error.strerror or error
+                warnings.warn(f"{path}: {why}: the run goes on, its log has gaps", stacklevel=3)
+            self.warned = True
 
 
 def worth_telling(trainer: Any, record: Mapping[str, float]) -> bool:

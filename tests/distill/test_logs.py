@@ -83,3 +83,43 @@ def test_tensorboard_curves(tmp_path):
     assert [e.step for e in events.Scalars("val/nfe1")] == [4]
     curve = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert curve == [(2, 1.5), (4, 1.5), (6, 0.25)], "what lay beyond the checkpoint is purged"
+
+
+def test_a_full_disk_is_warned_of_once_and_the_run_goes_on(tmp_path):
+    log, trainer, path = JsonLines(), fake_trainer(tmp_path), tmp_path / "log.jsonl"
+    written(log, trainer, [2])
+    path.rename(tmp_path / "before")
+    path.symlink_to("/dev/full")
+    with pytest.warns(UserWarning, match="log.jsonl: No space left on device"):
+        log.updated(trainer, record(4))
+    log.updated(trainer, record(6))
+    path.unlink()
+    path.write_text((tmp_path / "before").read_text() + '{"upd')
+    for update in (8, 10):
+        log.updated(trainer, record(update))
+    assert [r["update"] for r in read(path)] == [2, 8, 10]
+
+
+def test_logs_that_cannot_be_begun_are_warned_of(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "log.jsonl").mkdir()
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.warns(UserWarning, match="log.jsonl: Is a directory"):
+        written(JsonLines(), fake_trainer(tmp_path), [2, 4])
+    with pytest.warns(UserWarning, match="tensorboard: .*exists"):
+        written(TensorBoard(), fake_trainer(tmp_path), [2, 4])
+
+
+def test_curves_that_cannot_be_written_are_given_up(tmp_path):
+    pytest.importorskip("tensorboard")
+    board, trainer = TensorBoard(), fake_trainer(tmp_path)
+    board.started(trainer)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    board.writer.add_scalar = full
+    with pytest.warns(UserWarning, match="tensorboard: No space left on device"):
+        board.updated(trainer, record(2))
+    board.updated(trainer, record(4))
+    assert board.writer is None
