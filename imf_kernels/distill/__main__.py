@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from imf_kernels.distill import config as configs
-from imf_kernels.distill import schema
-from imf_kernels.distill.stops import Stopped
+from imf_kernels.distill import document, schema
+from imf_kernels.distill.stops import RankFailed, Stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, search grids, write the student; 0, or 1 after an error, which is told in a line."""
-    said = _parser().parse_args(arguments)
+    said, first = _parser().parse_args(arguments), os.environ.get("RANK", "0") == "0"
     try:
         run(configs.load(said.config, said.set), dry=said.dry_run)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if first:
+            print(stopped, file=sys.stderr)
+    except RankFailed:  # which has said why
+        return 1
     except Exception as error:
         if said.debug:
             raise
-        if isinstance(error, schema.ConfigError) and os.environ.get("RANK", "0") != "0":
+        if isinstance(error, schema.ConfigError) and not first:
             return 1  # all ranks have read the same document
         kind = "" if isinstance(error, schema.ConfigError) else f"{type(error).__name__}: "
         lines = [str(error), *getattr(error, "__notes__", ())]
@@ -38,13 +38,14 @@ def run(config: configs.Config, *, dry: bool = False) -> None:
     """What the command does. `dry`: tell what would be trained, and stop."""
     from imf_kernels.distill import build, finish
 
+    document.check_resume(config)
     made = build.build(config)
     trained, frozen = build.counts(made.student)
     if made.accelerator.is_main_process:
         said = f"student: {trained:,} parameters trained, {frozen:,} frozen\n"
         said += f"data: {len(made.loader)} batches an epoch for each of {made.loader.budget.ranks} "
         said += f"ranks, {sum(len(batch.x1) for batch in made.held_out)} utterances held out"
-        print(described(config) + said if dry else said, flush=True)
+        print(document.described(config) + said if dry else said, flush=True)
     if dry:
         return
     made.trainer().run()
@@ -53,27 +54,6 @@ def run(config: configs.Config, *, dry: bool = False) -> None:
     if made.accelerator.is_main_process:
         finish.write(made, student, found)
         print(f"student: {config.output.path}", flush=True)
-
-
-def described(config: configs.Config) -> str:
-    """All that a config says, defaults included, as YAML."""
-    import yaml
-
-    return yaml.safe_dump(_plain(config), sort_keys=False)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if callable(value):
-        return schema.name_of(value)
-    return value
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from imf_kernels import models
 from imf_kernels.data import Loader, Utterance, Utterances
 from imf_kernels.distill import schema
 from imf_kernels.distill.config import Config, HeldOut, ModelSection, StudentSection
+from imf_kernels.distill.document import Kept
 from imf_kernels.distill.held_out import Extra, FineSolves
 from imf_kernels.distill.logs import JsonLines, Progress, TensorBoard
 from imf_kernels.distill.lora import add_lora
@@ -331,7 +332,7 @@ def _callbacks(run: Run) -> list[object]:
                     extra=run.extra,
                 )
             )
-    return [*callbacks, Progress(), JsonLines(), board]
+    return [*callbacks, Kept(config), Progress(), JsonLines(), board]
 
 
 def _vocoder(config: Config, utterances: Any) -> Any:

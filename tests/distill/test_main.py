@@ -1,9 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from imf_kernels.distill import RankFailed, Stopped
 from imf_kernels.distill.__main__ import main
 from imf_kernels.distill.logs import read
 from imf_kernels.models import checkpoints
@@ -101,3 +103,47 @@ def test_a_damaged_utterance_is_named_and_excluded(document, monkeypatch, capsys
     )
     assert said.count("\n") == 1
     assert main([document, *chosen, "--set=data.exclude=[noise_5]"]) == 0, "goes on"
+
+
+SHORT = ["--set=previews=null", "--set=o3s=null", "--set=validation=null"]
+
+
+def test_another_document_is_refused_on_resuming(document, capsys):
+    assert main([document, *SHORT, "--debug"]) == 0
+    for override, line in (
+        ("model.guidance=1.5", "model.guidance: expected 2.0, with which this run was begun, "),
+        ("objective.nfe=3", "objective.nfe: expected 2, with which this run was begun, got 3; "),
+        ("objective.guided=1", "objective.guided: expected one of"),
+        ("data.frames=50", "data.frames: expected 40, "),
+        ("data.dataset.count=23", "data.dataset.count: expected 24, "),
+        ("data.held_out.share=0.4", "data.held_out.share: expected 0.3, "),
+    ):
+        assert main([document, *SHORT, f"--set={override}"]) == 1
+        assert capsys.readouterr().err.startswith(f"error: {line}")
+    free = ["--set=data.held_out.items=2", "--set=model.student.checkpoint_activations=false"]
+    assert main([document, *SHORT, *free, "--debug"]) == 0
+    with open("run/config.yaml") as file:
+        assert yaml.safe_load(file)["data"]["held_out"]["items"] == 2
+
+
+def test_before_the_first_checkpoint_a_document_may_change(document, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("model: {guidance: 7.0}")
+    assert main([document, *SHORT, "--debug"]) == 0
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_several_ranks_say_one_line(document, monkeypatch, capsys, rank):
+    def stopped(*_, **__):
+        raise Stopped(3, Path("run/checkpoints/step_00000003"), "SIGTERM")
+
+    def failed(*_, **__):
+        raise RankFailed(2, "ValueError: broken.wav")
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("imf_kernels.distill.__main__.run", stopped)
+    assert main([document]) == 0
+    assert capsys.readouterr().err.count("\n") == (rank == "0")
+    monkeypatch.setattr("imf_kernels.distill.__main__.run", failed)
+    assert main([document]) == 1
+    assert capsys.readouterr().err == "", "the rank that failed has said it"
