@@ -22,8 +22,8 @@ FREE = (
     "data.held_out.items",
     "data.exclude",
 )
-"""What may be another there: it does not change where the run goes, but for `exclude`, without which
-a run would meet a damaged utterance forever."""
+"""What may be another there: it does not change where the run goes. But `exclude` does, without
+which a run would meet a damaged utterance forever."""
 
 
 class Kept:
