@@ -38,7 +38,7 @@ class Steps(NamedTuple):
 
 
 class Teacher:
-    """A frozen velocity model with its guidance.
+    """A frozen velocity model with its guidance, evaluated in its own dtype, also under autocast.
 
     Deliberately no `nn.Module`: held by an objective or a student it stays out of the module tree,
     so that no optimizer, EMA, checkpoint or `.train()` reaches it.
@@ -66,7 +66,8 @@ class Teacher:
     @torch.no_grad()
     def prepare(self, **conditions: Any) -> Any:
         """The model's `prepare`, for both branches when guided."""
-        return self.model.prepare(**conditions, guided=self.guidance is not None)
+        with _without_autocast(*conditions.values()):
+            return self.model.prepare(**conditions, guided=self.guidance is not None)
 
     @torch.no_grad()
     def velocity(self, z: Tensor, t: Tensor, cond: Any = None) -> Tensor:
@@ -75,14 +76,14 @@ class Teacher:
         rows, frames, channels = z.shape
         checks.interval(t, t, rows)
         checks.guidance(self.guidance, z)
-        v = self.model(z.to(model_dtype(self.model, z.dtype)), t, t, cond)
+        with _without_autocast(z):
+            v = self.model(z.to(model_dtype(self.model, z.dtype)), t, t, cond)
         doubled = 1 if self.guidance is None else 2
         checks.shape("model's velocity", v, doubled * rows, frames, channels)
         if self.guidance is not None:
             v = guidance.combine(v, self.guidance)
         return v.to(z.dtype)
 
-    @torch.no_grad()
     def integrate(
         self,
         z: Tensor,
@@ -109,7 +110,12 @@ class Teacher:
             ValueError, TypeError: naming the argument, the expected and the given value; values are
             read on CPU tensors only.
         """
-        steps = self._steps(z, t, r, nfe, spacing)
+        with torch.no_grad():
+            steps = self._steps(z, t, r, nfe, spacing)
+            with _without_autocast(z):
+                return self._rollout(z, steps, cond, keep)
+
+    def _rollout(self, z: Tensor, steps: Steps, cond: Any, keep: bool) -> Rollout:
         run = solve(self.model, z, steps.times, steps.dt, cond, self.guidance, keep=keep)
         assert run.displacement is not None
         return Rollout(
@@ -135,6 +141,13 @@ class Teacher:
         fractions = _fractions(spacing, nfe, rows).to(z.device, t.dtype, non_blocking=z.is_cuda)
         elapsed = (r - t) * fractions
         return Steps(torch.minimum(t + elapsed, r), elapsed, (r - t) * fractions.diff(dim=0))
+
+
+def _without_autocast(*given: Any) -> torch.autocast:
+    """No autocast on the device of the first tensor given, as it is or as a row."""
+    rows = (row for one in given for row in (one if isinstance(one, list | tuple) else [one]))
+    device = next((row.device.type for row in rows if isinstance(row, Tensor)), "cpu")
+    return torch.autocast(device, enabled=False)
 
 
 def _effective(guidance: Tensor | float | None) -> Tensor | float | None:

@@ -341,6 +341,34 @@ def test_state_is_float32_whatever_the_model_computes_in():
     assert not torch.equal(run.displacement, run.displacement.bfloat16().float())
 
 
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: torch.compile(m, backend="eager")])
+def test_autocast_does_not_reach_it(wrap):
+    """In none of its evaluations, the conditioning included."""
+
+    class Products(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def prepare(self, mu, guided):
+            return [row @ self.weight for row in mu]
+
+        def forward(self, x, t, r, cond):
+            return x @ self.weight + torch.stack(cond)
+
+    teacher, z = Teacher(Products()), torch.randn(3, 5, 4)
+    compiled = Teacher(wrap(teacher.model))
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            cond = teacher.prepare(mu=list(z))
+            run = compiled.integrate(z, T.float(), R.float(), 2, cond)
+            velocity = compiled.velocity(z, T.float(), cond)
+            results.append((*cond, run.z, run.displacement, velocity))
+            assert (z[0] @ z[0].T).dtype == (torch.bfloat16 if enabled else torch.float32)
+    assert all(map(torch.equal, *results))
+
+
 def test_teacher_stays_out_of_the_module_tree_and_is_shared_by_copies():
     holder = nn.Linear(2, 2)
     holder.teacher = Teacher(Module())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imf_kernels import models
+from imf_kernels import graphs, models
 from imf_kernels.data import Loader, Utterance, Utterances
 from imf_kernels.distill import schema
 from imf_kernels.distill.config import Config, HeldOut, ModelSection, StudentSection
@@ -68,9 +68,9 @@ def build(config: Config) -> Run:
     settings, section = config.training, config.data
     accelerator = connect(settings.timeout)
     device = accelerator.device
-    model = teacher_model(config.model).to(device)
-    teacher = Teacher(model, config.model.guidance)
+    model = teacher_model(config.model)
     student = student_of(config.model, model).to(device)
+    teacher = _teacher(config, model, device)
     target, rest, path = config.named_class("objective")
     objective = schema.make(target, rest, path, fixed={"teacher": teacher})
 
@@ -128,12 +128,26 @@ def _extra(section: ModelSection, objective: Any) -> Extra | None:
 
 
 def teacher_model(section: ModelSection) -> Any:
-    """The teacher's velocity model, frozen, in eval mode."""
+    """The teacher's velocity model as it is loaded, frozen, in eval mode."""
     if section.build is not None:
         model = schema.make(section.build, section.arguments, "model.arguments")
     else:
         model = _load(section, section.checkpoint, "model.checkpoint")
     return model.eval().requires_grad_(False)
+
+
+def _teacher(config: Config, model: Any, device: torch.device) -> Teacher:
+    """Its model goes to the device, in the dtype that it is evaluated in."""
+    section = config.model
+    if section.family is not None:
+        followed = "bfloat16" if config.training.precision == "bf16" else "float32"
+        model.to(getattr(torch, section.teacher_dtype or followed))
+    model.to(device)
+    if section.graphs is None:
+        return Teacher(model, section.guidance)
+    with schema.naming("model.graphs"):
+        buckets = graphs.DEFAULT if section.graphs == "default" else section.graphs
+        return graphs.GraphTeacher(model, section.guidance, buckets)
 
 
 def student_of(section: ModelSection, teacher: Any) -> Any:

@@ -106,6 +106,11 @@ class ModelSection:
         build: In place of a family "package.module:function", which returns a velocity model with
             `prepare` and a `student()` to train; `arguments` are its own.
         guidance: w that is distilled.
+        teacher_dtype: What the family's teacher is frozen and evaluated in; None: bfloat16 under
+            `training.precision: bf16`, else float32. Your own model keeps the dtype it is built in.
+        graphs: Its rollouts through CUDA graphs, as `graphs.GraphTeacher`: "default", or buckets
+            `[rows, frames]` (with `data.packed` `[rows, total, frames]`). Without CUDA they run
+            eagerly.
         student: See `StudentSection`.
     """
 
@@ -114,6 +119,8 @@ class ModelSection:
     checkpoint: str | None = None
     build: Callable[..., Any] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    teacher_dtype: Literal["float32", "bfloat16"] | None = None
+    graphs: Literal["default"] | tuple[tuple[int, ...], ...] | None = None
     student: StudentSection = field(default_factory=StudentSection)
 
     def __post_init__(self) -> None:
@@ -128,6 +135,8 @@ class ModelSection:
             raise ValueError("build: expected neither checkpoint nor sizes beside it, got some")
         if self.student.step_tokens is not None and self.family == "cosyvoice2":
             raise ValueError("student.step_tokens: expected none for cosyvoice2, no DiT, got some")
+        if self.build is not None and self.teacher_dtype is not None:
+            raise ValueError("teacher_dtype: expected none beside build, got one")
 
 
 @dataclass(frozen=True, kw_only=True)

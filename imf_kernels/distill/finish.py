@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imf_kernels import grids, o3s
 from imf_kernels.distill import schema
-from imf_kernels.distill.build import Run, student_of
+from imf_kernels.distill.build import Run, student_of, teacher_model
 from imf_kernels.distill.config import O3SSection
 from imf_kernels.distill.lora import adapters, merge_lora
 from imf_kernels.distill.parallel import gathered
@@ -28,7 +28,7 @@ def whole(run: Run) -> Any:
     student = run.student
     if any(hasattr(value, "full_tensor") for value in student.state_dict().values()):
         state = {name: gathered(value) for name, value in student.state_dict().items()}
-        student = student_of(run.config.model, run.teacher.model)
+        student = student_of(run.config.model, teacher_model(run.config.model))
         student.load_state_dict(state)
         student.to(run.accelerator.device)
     return merge_lora(student) if adapters(student) else student.eval()

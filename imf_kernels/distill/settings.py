@@ -25,7 +25,8 @@ class Settings:
         clip: Gradient norm limit.
         accumulate: Batches of each rank per update; the update's loss is their mean.
         ema_decay: Keep the exponential moving average of the weights, with this decay; None: don't.
-        precision: "no": float32; "bf16": autocast. The weights are float32 in both.
+        precision: "no": float32; "bf16": the student under autocast. Its weights are float32 in
+            both; a teacher has a dtype of its own.
         parallel: With several ranks "ddp", or "fsdp2": weights, gradients and optimizer in parts.
         seed: Of all random draws.
         save_every: Updates between checkpoints; one more is written at the end.

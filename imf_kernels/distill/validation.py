@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,10 @@ class Validation:
 
     @property
     def best(self) -> dict[str, dict[str, float]]:
-        """Of each number of steps, the least distance and its update."""
+        """Of each number of steps, the least finite distance and its update."""
         best = {}
         for name in (f"val/nfe{steps}" for steps in self.grids):
-            entries = [entry for entry in self.history if name in entry]
+            entries = [e for e in self.history if math.isfinite(e.get(name, math.nan))]
             if entries:
                 least = min(entries, key=lambda entry: entry[name])
                 best[name] = {"update": least["update"], "value": least[name]}

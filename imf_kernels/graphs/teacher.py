@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from imf_kernels.graphs.engine import Engine, Fallback, Program, Station, Stats
 from imf_kernels.models.conditioning import TensorSpec
 from imf_kernels.ops.ragged_copy import Copy
 from imf_kernels.solver import solve
-from imf_kernels.teacher import Rollout, Teacher
+from imf_kernels.teacher import Rollout, Steps, Teacher
 
 
 class GraphTeacher(Teacher):
@@ -61,27 +61,14 @@ class GraphTeacher(Teacher):
             raise ValueError(f"guidance: expected {wanted}, as at construction, got {guidance}")
         return other
 
-    @torch.no_grad()
-    def integrate(
-        self,
-        z: Tensor,
-        t: Tensor,
-        r: Tensor,
-        nfe: int,
-        cond: Any = None,
-        *,
-        spacing: str | Tensor | Sequence[float] = "uniform",
-        keep: bool = False,
-    ) -> Rollout:
-        """As `Teacher.integrate`."""
-        steps = self._steps(z, t, r, nfe, spacing)
-        engine = self._engine
+    def _rollout(self, z: Tensor, steps: Steps, cond: Any, keep: bool) -> Rollout:
+        engine, nfe = self._engine, len(steps.dt)
         engine.check([("z", z)], cond)
         lengths = [z.shape[1]] * z.shape[0]
         requests.check_cond(cond, self.model.specs, lengths, engine.guided)
         if not engine.stations:
             engine.count(eager=1)
-            return super().integrate(z, t, r, nfe, cond, spacing=spacing, keep=keep)
+            return super()._rollout(z, steps, cond, keep)
         total = requests.total_frames(lengths, engine.guided, cond)
         reason = engine.why_eager(lengths, total, cond)
         if z.dtype != torch.float32:
@@ -115,7 +102,7 @@ class GraphTeacher(Teacher):
                     )
                 reason = program
         engine.fall_back(reason)
-        return super().integrate(z, t, r, nfe, cond, spacing=spacing, keep=keep)
+        return super()._rollout(z, steps, cond, keep)
 
     def stats(self) -> Stats:
         """Counters since construction, and the device memory held."""

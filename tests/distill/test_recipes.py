@@ -164,6 +164,7 @@ def test_two_sharded_ranks_write_one_plain_student(place):
     made.f5(place)
     recipe = str(RECIPES / "f5_tiny.yaml")
     chosen = ["--set=training.parallel=fsdp2", "--set=training.updates=2", "--set=previews=null"]
+    chosen += ["--set=training.precision=bf16"]  # the teacher's; the student stays float32
     ranks = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [sys.executable, "-m", *ranks, "-m", "imf_kernels.distill", recipe, *chosen]
     there = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -173,7 +174,9 @@ def test_two_sharded_ranks_write_one_plain_student(place):
     held, weights = student("run/student.safetensors")
     teacher = load_f5("pretrained/model.safetensors", "f5_v1").student().state_dict()
     assert all(weights[name].shape == teacher[name].shape for name in teacher)
-    assert not torch.equal(weights["proj_out.weight"], teacher["proj_out.weight"])
+    trained = weights["proj_out.weight"]
+    assert not torch.equal(trained, teacher["proj_out.weight"])
+    assert not torch.equal(trained, trained.bfloat16().float())
     assert len(held.grid) == 3
     (last,) = (r for r in read(place / "run/log.jsonl") if r["update"] == 2)
     assert 0 < last["val/nfe2"] < last["val/nfe1"]

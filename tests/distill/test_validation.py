@@ -94,6 +94,13 @@ def test_the_best_is_kept_and_a_resumed_run_tells_one_story(tmp_path):
     assert told["best"]["val/nfe1"]["update"] == 1, "the lost update's number is lost too"
 
 
+def test_the_best_is_finite(tmp_path):
+    validation = Validation(batches(1), solves(tmp_path), nfe=(1, 2))
+    values = [math.nan, 2.0, 1.0, math.inf]
+    validation.history = [{"update": i, "val/nfe1": value} for i, value in enumerate(values)]
+    assert validation.best == {"val/nfe1": {"update": 2, "value": 1.0}}
+
+
 def test_the_teacher_is_asked_once(tmp_path):
     batch, fine = batches(1)[0], solves(tmp_path)
     mel = fine.of(batch)

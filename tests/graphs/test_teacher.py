@@ -54,6 +54,16 @@ def test_one_capture_serves_every_interval_of_a_length(taped, model):
     assert teacher.stats().captures == 2
 
 
+def test_autocast_does_not_reach_it(taped, model):
+    teacher, z, results = GraphTeacher(model, 2.0, BUCKETS), torch.randn(2, 32, 12), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            cond = teacher.prepare(**conditions(model, [32, 20]))
+            results.append(teacher.integrate(z, *interval(2), 2, cond).z)
+    assert torch.equal(*results)
+    assert (teacher.stats().hits, teacher.stats().fallbacks) == (2, {})
+
+
 def test_an_objective_takes_it(either, model):
     """And packed rows, as any condition."""
     given, x1 = conditions(model, [32, 20]), torch.randn(2, 32, 12)

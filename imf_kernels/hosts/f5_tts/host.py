@@ -128,7 +128,7 @@ class F5TTS(nn.Module):
         """A host to distil into: a trainable copy of the weights with a mixer, text tower frozen.
 
         This host is its teacher: outside the student's module tree, shared by the student's copies,
-        put in `eval()`, and not to be changed meanwhile.
+        put in `eval()`, evaluated in its own dtype, and not to be changed meanwhile.
 
         Args:
             guidance: w of the teacher; 3 is the client's `cfg_strength` 2.
