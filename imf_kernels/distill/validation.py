@@ -18,7 +18,7 @@ from imf_kernels.objectives.batch import Batch
 
 
 class Validation:
-    """RMSE to the teacher's fine solve from the same noise, over the frames that count in the loss.
+    """RMSE to the teacher's fine solve from the same noise, over the frames that are generated.
 
     A callback of the `Trainer`: every `every` updates, and after the last, it puts "val/nfe1", ...
     into the record, for the loggers behind it. The ranks share the batches.

@@ -96,8 +96,9 @@ def test_other_students(place):
     recipe = str(RECIPES / "f5_tiny.yaml")
     short = ["--set=previews=null", "--set=o3s=null", "--set=validation=null"]
     short += ["--set=training.updates=1", "--set=training.warmup=0"]
+    lora = ["--set=model.student.lora={rank: 2}", "--set=training.precision=bf16"]
     pytest.importorskip("peft")
-    assert main([recipe, "--debug", *short, "--set=model.student.lora={rank: 2}"]) == 0
+    assert main([recipe, "--debug", *short, *lora]) == 0
     _, weights = student("run/student.safetensors")
     teacher = load_f5("pretrained/model.safetensors", "f5_v1").student().state_dict()
     assert weights.keys() == teacher.keys()
@@ -142,22 +143,37 @@ def test_a_student_with_step_tokens(place):
     assert json.loads((place / "run/student.grid.json").read_text()) == best["grid"]
 
 
-@pytest.mark.parametrize("name", ["f5_base_8xa100", "cosyvoice2_8xa100"])
-def test_large_recipes_say_what_the_papers_tables_need(name, place):
+def large(name, place):
     document = configs.read(RECIPES / f"{name}.yaml")
     checkpoint = document["model"]["checkpoint"]
     if not checkpoint.startswith("hf://"):
         (place / checkpoint).parent.mkdir(parents=True)
         (place / checkpoint).touch()
-    config = configs.parse(document)
+    return configs.parse(document)
+
+
+@pytest.mark.parametrize("name", ["f5_base_8xa100", "cosyvoice2_8xa100"])
+def test_large_recipes_say_what_the_papers_tables_need(name, place):
+    config = large(name, place)
     assert config.data.frames == 38_400
     assert config.objective["nfe"] == 16
     assert config.model.guidance == (3.0 if name.startswith("f5") else 1.7)
+    assert config.objective["region"] == ("span" if name.startswith("f5") else "all")
+    assert config.training.betas == (0.9, 0.999), "the clients'"
     assert config.training.ema_decay is not None
     assert config.o3s is not None
     text = (RECIPES / f"{name}.yaml").read_text()
     hours = config.training.updates * 5.17 / 3600
     assert f"{hours:.1f} h" in text, "the estimate is of this many updates"
+
+
+def test_the_recipe_for_24_gb(place):
+    config = large("f5_lora_24gb", place)
+    assert config.model.student.lora is not None
+    assert config.model.student.checkpoint_activations
+    assert config.model.teacher_dtype is None
+    assert config.training.precision == "bf16"
+    assert config.data.frames * config.training.accumulate == 38_400
 
 
 def test_two_sharded_ranks_write_one_plain_student(place):
