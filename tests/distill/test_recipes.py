@@ -138,7 +138,7 @@ def test_a_student_with_step_tokens(place):
     assert not torch.equal(held.proj_out.weight, before.proj_out.weight)
     last = read(place / "run/log.jsonl")[-1]
     assert {"val/nfe1", "val/nfe2", "endpoint", "velocity"} <= last.keys()
-    found = json.loads((place / "run/o3s/o3s_nfe2.json").read_text())["evaluations"]
+    found = json.loads((place / "run/o3s/o3s_nfe2_to_teacher@teacher.json").read_text())["evaluations"]
     best = min(found, key=lambda evaluation: evaluation["value"])
     assert json.loads((place / "run/student.grid.json").read_text()) == best["grid"]
 
