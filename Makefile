@@ -25,8 +25,8 @@ help: ## This list
 demo: $(installed) ## The whole method on real audio, on a laptop (options: ARGS=...)
 	$(py) -m examples.quickstart $(ARGS)
 
-test: $(installed) ## The tests (options: ARGS="-k euler")
-	$(py) -m pytest $(ARGS)
+test: $(installed) ## The tests, in a process per core (options: ARGS="-k euler")
+	OMP_NUM_THREADS=1 $(py) -m pytest -n logical --maxprocesses 8 $(ARGS)
 
 test-hosts: $(client) ## The F5-TTS host against F5-TTS itself
 	$(py) -m pytest -rs tests/hosts/test_f5_tts_upstream.py $(ARGS)
