@@ -348,7 +348,7 @@ def test_errors_at_the_door(test_set, monkeypatch):
         run("mcd", workers=0)
     with pytest.raises(FileNotFoundError, match=r"'sim_o': expected weights at .*finetune\.pth"):
         run("sim_o", weights=test_set)
-    with pytest.raises(FileNotFoundError, match=r"'utmos': expected weights at .*SpeechMOS"):
+    with pytest.raises(FileNotFoundError, match=r"'utmos': .* folder with .*SpeechMOS, .* hub"):
         run("utmos")
     bare = [Entry(name) for name in NAMES]
     with pytest.raises(ValueError, match=r"'mcd': .* a truth .*, 4 have none: b, a, c, \.\.\."):
@@ -379,9 +379,16 @@ def test_what_was_heard_is_kept(test_set):
 def test_command(test_set, capsys, counted):
     arguments = [test_set / "generated", "--list", test_set / "meta.lst", "--metrics", "mcd"]
     main([*map(str, arguments), "--out", str(test_set / "scores.json")])
-    assert "7.0000" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "7.0000" in said.out
+    assert "scoring" in said.err
+    assert "4/4" in said.err
     assert json.loads((test_set / "scores.json").read_text())["metrics"]["mcd"]["mean"] == 7.0
-    with pytest.raises(SystemExit, match=r"metric 'sim_o': expected weights at"):
+    with pytest.raises(SystemExit, match=r"metric 'sim_o': expected weights, a folder with"):
         main([*map(str, arguments[:-1]), "sim_o", "--out", str(test_set / "scores.json")])
+    assert not capsys.readouterr().err, "no bar of what has not begun"
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "wer, sim_xvector: by default the" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit, match="out: expected a file in a folder"):
         main([*map(str, arguments), "--out", str(test_set / "none" / "scores.json")])

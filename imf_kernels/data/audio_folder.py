@@ -50,6 +50,8 @@ class AudioFolder:
         self.folder, self.mel = Path(folder), mels.of(mel)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"folder: expected a folder of audio, got none at {folder}")
+        if tokenizer is None and vocab is not None:
+            raise ValueError("tokenizer: expected 'char' or 'pinyin' with a vocab, got None")
         self.tokenizer = None if tokenizer is None else Tokenizer(tokenizer, vocab)
         listed = (self.folder / METADATA).is_file()
         said = list(self._listed() if listed else self._found())

@@ -81,6 +81,16 @@ class Budget:
         """Batches of one rank in one epoch."""
         return self._per_rank
 
+    @property
+    def count(self) -> int:
+        """Utterances that are not left out."""
+        return len(self._kept)
+
+    @property
+    def total(self) -> int:
+        """Their frames."""
+        return int(self._lengths[self._kept].sum())
+
     def batch(self, rank: int, position: int) -> list[int]:
         """The utterances that a rank takes after `position` batches, of all epochs."""
         epoch, place = divmod(position, self._per_rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -59,6 +60,8 @@ class Tokenizer:
 
     def __init__(self, kind: str, vocab: str | Path | None = None) -> None:
         checks.choice("tokenizer", kind, ("byte", "char", "pinyin"))
+        if kind == "pinyin" and importlib.util.find_spec("f5_tts") is None:
+            raise ImportError("tokenizer: 'pinyin' is F5-TTS's own: pip install f5-tts")
         if (kind == "byte") != (vocab is None):
             wanted = "none" if kind == "byte" else "a path"
             raise ValueError(f"vocab: expected {wanted} with tokenizer {kind!r}, got {vocab!r}")

@@ -13,13 +13,18 @@ from imf_kernels.distill.stops import RankFailed, Stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, search grids, write the student; 0, or 1 after an error, which is told in a line."""
+    """Train, search grids, write the student: the process's exit status.
+
+    0; 1 after an error, which is told in a line; 143 or 130 where SIGTERM or SIGINT has stopped the
+    run, which is saved.
+    """
     said, first = _parser().parse_args(arguments), os.environ.get("RANK", "0") == "0"
     try:
         run(configs.load(said.config, said.set), dry=said.dry_run)
     except Stopped as stopped:
         if first:
             print(stopped, file=sys.stderr)
+        return stopped.status
     except RankFailed:  # which has said why
         return 1
     except Exception as error:
@@ -36,16 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(config: configs.Config, *, dry: bool = False) -> None:
     """What the command does. `dry`: tell what would be trained, and stop."""
-    from imf_kernels.distill import build, finish
+    from imf_kernels.distill import build, finish, start
 
+    start.check_places(config)
     document.check_resume(config)
     made = build.build(config)
     trained, frozen = build.counts(made.student)
     if made.accelerator.is_main_process:
         said = f"student: {trained:,} parameters trained, {frozen:,} frozen\n"
-        said += f"data: {len(made.loader)} batches an epoch for each of {made.loader.budget.ranks} "
-        said += f"ranks, {sum(len(batch.x1) for batch in made.held_out)} utterances held out"
-        print(document.described(config) + said if dry else said, flush=True)
+        said += made.about
+        if dry:
+            said = f"{document.described(config)}{said}\n{start.goes_on(config) or 'begins anew'}"
+        print(said, flush=True)
     if dry:
         return
     made.trainer().run()
@@ -57,7 +64,12 @@ def run(config: configs.Config, *, dry: bool = False) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m imf_kernels.distill", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m imf_kernels.distill",
+        description=__doc__,
+        epilog="Exit status: 0 when the student is written, 1 after an error; 143 after SIGTERM, "
+        "130 after SIGINT, which save: the same command goes on.",
+    )
     parser.add_argument("config", help="a YAML document, see docs/distilling.md")
     parser.add_argument(
         "--set",

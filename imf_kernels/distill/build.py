@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from imf_kernels import graphs, models
 from imf_kernels.data import Loader, Utterance, Utterances
-from imf_kernels.distill import schema
+from imf_kernels.distill import schema, start
 from imf_kernels.distill.config import Config, HeldOut, ModelSection, StudentSection
 from imf_kernels.distill.document import Kept
 from imf_kernels.distill.held_out import Extra, FineSolves
@@ -33,7 +33,7 @@ from imf_kernels.teacher import Teacher
 @dataclass(frozen=True)
 class Run:
     """What a config makes. `held_out` are batches on the device, the same on all ranks, `shown` is
-    the one of previews."""
+    the one of previews, `about` tells of the data."""
 
     config: Config
     accelerator: Any
@@ -46,6 +46,7 @@ class Run:
     vocoder: Any
     solves: FineSolves
     extra: Extra | None
+    about: str
 
     def trainer(self) -> Trainer:
         config = self.config
@@ -76,6 +77,7 @@ def build(config: Config) -> Run:
 
     target, rest, path = config.named_class("dataset")
     utterances: Utterances = schema.make(target, rest, path)
+    start.check_texts(utterances, model)
     train, held = split(utterances, section.held_out, section.exclude)
     _check_channels(train, model)
     target, rest, path = config.named_class("collate")
@@ -91,7 +93,8 @@ def build(config: Config) -> Run:
     ranks = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
     with schema.naming("data", budget):
         loader = Loader(train, collate, workers=section.workers, **ranks, **options)
-        held_out = [] if held is None else list(_epoch(Loader(held, collate, **options)))
+        held_loader = None if held is None else Loader(held, collate, **options)
+        held_out = [] if held_loader is None else list(_epoch(held_loader))
     shown = None
     if config.previews is not None and held is not None:
         rows = [held[i] for i in range(min(config.previews.items, len(held)))]
@@ -111,6 +114,7 @@ def build(config: Config) -> Run:
         vocoder=_vocoder(config, utterances),
         solves=solves,
         extra=_extra(config.model, objective),
+        about=start.about(utterances, loader, held_loader),
     )
 
 
@@ -267,14 +271,14 @@ def split(
         ConfigError: names that are not there; nothing on one of the sides.
     """
     path, names = "data.held_out", utterances.names
-    left = ~_among(names, exclude, "data.exclude")
+    left = ~_among(utterances, exclude, "data.exclude")
     if held_out is None:
         return (utterances if bool(left.all()) else Subset(utterances, left.nonzero()[:, 0])), None
     if held_out.share is not None:
         path, chosen = f"{path}.share", _shares(names) < held_out.share
     else:
         path = f"{path}.names"
-        chosen = _among(names, held_out.names or (), path)
+        chosen = _among(utterances, held_out.names or (), path)
     held, kept = (left & chosen).nonzero()[:, 0], (left & ~chosen).nonzero()[:, 0]
     if not len(held) or not len(kept):
         raise ConfigError(
@@ -285,15 +289,23 @@ def split(
     return Subset(utterances, kept), Subset(utterances, held[: held_out.items])
 
 
-def _among(names: Sequence[str], said: Sequence[str] | str, path: str) -> Tensor:
+def _without(utterances: Any) -> str:
+    out = getattr(utterances, "left_out", 0)
+    return f" (which min_seconds and max_seconds have left without {out} others)" if out else ""
+
+
+def _among(utterances: Utterances, said: Sequence[str] | str, path: str) -> Tensor:
     """Bool `(len,)`: which of the names are said, one by one or by a file of them."""
     if isinstance(said, str):
         said = [line for line in Path(said).read_text(encoding="utf-8").splitlines() if line]
-    chosen = set(said)
+    names, chosen = utterances.names, set(said)
     if not chosen:
         return torch.zeros(len(names), dtype=torch.bool)
     if missing := chosen.difference(names):
-        raise ConfigError(f"{path}: expected names of the dataset, got {sorted(missing)[:3]}")
+        raise ConfigError(
+            f"{path}: expected names of the dataset{_without(utterances)}, "
+            f"got {sorted(missing)[:3]}"
+        )
     return torch.frombuffer(bytearray(name in chosen for name in names), dtype=torch.bool)
 
 
@@ -317,7 +329,7 @@ def _epoch(loader: Loader) -> Any:
 def _callbacks(run: Run) -> list[object]:
     """Those that add to records first."""
     config, board = run.config, TensorBoard()
-    callbacks: list[object] = []
+    callbacks: list[object] = [start.GoesOn()]
     if config.validation is not None:
         said = config.validation
         with schema.naming("validation", ("every", "nfe")):

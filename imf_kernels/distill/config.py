@@ -145,8 +145,10 @@ class HeldOut:
 
     Attributes:
         names: Their names, or a file of names, a line each.
-        share: In place of names: this share, chosen by a hash of the names.
-        items: At most so many are evaluated; what is held out beyond is left out of training too.
+        share: In place of names: about this share of the utterances, chosen by a hash of each name,
+            and so the same ones whatever is added or removed.
+        items: At most so many of them are evaluated; the others are left out of training too. So
+            `share` times the dataset is to be no more than about `items`.
     """
 
     names: tuple[str, ...] | str | None = None
@@ -235,6 +237,10 @@ class O3SSection:
     higher_is_better: bool = False
     search: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for nfe in self.nfe:
+            checks.positive_int("nfe", nfe)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSection:
@@ -279,7 +285,7 @@ class Config:
         self.named_class("objective")
         self.named_class("dataset")
         self.named_class("collate")
-        self.search_options()
+        self._check_search()
         self._check_step_tokens()
         _expect_file("model.checkpoint", self.model.checkpoint)
         _expect_file("model.student.checkpoint", self.model.student.checkpoint)
@@ -291,6 +297,13 @@ class Config:
         in_place = self.output.like is None and self.model.student.step_tokens is None
         if in_place and self.model.family in ("cosyvoice2", "cosyvoice3"):
             object.__setattr__(self.output, "like", self.model.checkpoint)
+
+    def _check_search(self) -> None:
+        """Search what costs nothing, so that no value is refused after the training."""
+        options = self.search_options()
+        for nfe in () if self.o3s is None else self.o3s.nfe:
+            with schema.naming("o3s.search", options):
+                o3s.search(lambda grid: 0.0, nfe, higher_is_better=False, **options)
 
     def _check_step_tokens(self) -> None:
         """A student that is told its number of steps is asked for no other, and is a file alone."""

@@ -71,7 +71,11 @@ def search_grids(run: Run, student: Any) -> dict[int, Tensor]:
             folder=run.config.folder / "o3s",
             name=f"{said}@{section.reference}",
             seed=run.config.training.seed,
-            settings={"over": section.over, "utterances": names},
+            settings={
+                "over": section.over,
+                "utterances": names,
+                "solves": run.solves.of_what if section.reference == "teacher" else None,
+            },
             reduce=reduce,
             **run.config.search_options(),
         )

@@ -57,16 +57,21 @@ class FineSolves:
         checkpoints.write(path, {"mel": mel.cpu()})
         return mel
 
-    def _key(self, batch: Batch, index: int) -> str:
+    @property
+    def of_what(self) -> str:
+        """The teacher's weights, as a hash, the steps and the guidance."""
         if self._weights is None:
             model = self.teacher.model
             held = model.state_dict() if isinstance(model, nn.Module) else {}
             self._weights = state_dicts.fingerprint(type(model).__name__, held)
+        return f"{self._weights} {self.steps} {self.teacher.guidance}"
+
+    def _key(self, batch: Batch, index: int) -> str:
         given = {"x1": batch.x1, "lengths": batch.lengths, **batch.conditions}
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in given.items() if name not in tensors}
         seed = seeds.seed(self.seed, index)
-        said = f"{self._weights} {self.steps} {seed} {self.teacher.guidance} {others}"
+        said = f"{self.of_what} {seed} {others}"
         return state_dicts.fingerprint(said, tensors)[:32]
 
 

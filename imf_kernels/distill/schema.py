@@ -115,6 +115,8 @@ def value(given: Any, hint: Any, path: str) -> Any:
         return Path(given)
     if origin is typing.Literal and given in inside:
         return given
+    if origin is typing.Literal and given is False and "no" in inside:
+        return "no"  # which YAML reads as false, unless it is quoted
     if origin in _SEQUENCES and isinstance(given, list | tuple):
         of = inside[0] if inside else Any
         if origin is tuple and inside[-1] is not Ellipsis and len(given) != len(inside):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from imf_kernels import checks
 from imf_kernels.distill.optimization import DECAYS
@@ -47,7 +47,7 @@ class Settings:
     clip: float = 1.0
     accumulate: int = 1
     ema_decay: float | None = None
-    precision: str = "no"
+    precision: Literal["no", "bf16"] = "no"
     parallel: str = "ddp"
     seed: int = 0
     save_every: int = 1000

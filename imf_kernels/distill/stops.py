@@ -33,11 +33,16 @@ BROKEN = (
 
 
 class Stopped(Exception):
-    """A signal has ended the run, in order: `update` is saved in `path`, where it will go on."""
+    """A signal has ended the run, in order: `update` is saved in `path`, where it will go on.
+
+    `status` is the process's to exit with, as a shell has it: 143 for SIGTERM, 130 for SIGINT.
+    """
 
     def __init__(self, update: int, path: Path, name: str) -> None:
         super().__init__(f"{name}: stopped after update {update}, saved in {path}")
         self.update, self.path = update, path
+        known = signal.Signals.__members__
+        self.status = 128 + int(known.get(name, signal.SIGTERM))
 
 
 class RankFailed(SystemExit):

@@ -7,6 +7,7 @@ python -m imf_kernels.evaluate generated/ --list meta.lst --metrics wer,sim_o,ut
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         entries = read_list(options.list, options.audio)
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        with contextlib.ExitStack() as ends:
+            bar = Progress(*columns, console=Console(stderr=True))
             task = bar.add_task("scoring", total=len(entries))
+
+            def progress(done: int, total: int) -> None:
+                if not bar.live.is_started:  # not before what may be refused at the door
+                    ends.enter_context(bar)
+                bar.update(task, completed=done, total=total)
+
             report = evaluate(
                 options.generated,
                 entries,
@@ -35,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 device=options.device,
                 workers=options.workers,
                 allow_missing=options.allow_missing,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=progress,
             )
     except ImportError as error:
         sys.exit(f"{error}: pip install 'imf_kernels[eval]'")
@@ -59,6 +67,7 @@ def table(report: dict[str, Any]) -> Any:
 
 def _parser() -> argparse.ArgumentParser:
     weights = "; ".join(f"{k}: {' or '.join(s.weights)}" for k, s in SCORERS.items() if s.weights)
+    hub = ", ".join(name for name, scorer in SCORERS.items() if scorer.hub is not None)
     parser = argparse.ArgumentParser(
         prog="python -m imf_kernels.evaluate",
         description="Score a folder of generated speech against a list.",
@@ -68,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", type=Path, required=True, help="meta.lst, LibriSpeech-PC's .lst, .csv or .jsonl")
     add("--audio", type=Path, help="folder of the list's recordings (default: the list's own)")
     add("--metrics", required=True, help=f"with commas between: {', '.join(SCORERS)}")
-    add("--weights", type=Path, help=f"folder of networks ({weights}); default: the hub's")
+    add("--weights", type=Path, help=f"folder of networks ({weights}); {hub}: by default the hub's")
     add("--out", type=Path, required=True, help="report, JSON; what it holds is not scored again")
     add("--language", default="en", help="en or zh")
     add("--device", default="cpu", help="cpu, cuda, or several: cuda:0,cuda:1")

@@ -70,7 +70,12 @@ class Scorer:
             return ""
         if folder is None and self.hub is not None:
             return self.hub
-        paths = [Path(folder or "(folder of weights)") / weights for weights in self.weights]
+        if folder is None:
+            raise FileNotFoundError(
+                f"metric {name!r}: expected weights, a folder with {' or '.join(self.weights)}, "
+                "got none, and the hub has none"
+            )
+        paths = [Path(folder) / weights for weights in self.weights]
         found = next((path for path in paths if path.exists()), None)
         if found is None:
             raise FileNotFoundError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from imf_kernels.models import checkpoints, state_dicts
 from imf_kernels.models.cosyvoice2 import CausalUNet
@@ -12,6 +12,7 @@ from imf_kernels.models.state_dicts import MIXER
 from imf_kernels.models.students import side_file
 from imf_kernels.models.token_encoder import TokenEncoder
 
+TEXT = "text_embed.text_embed.weight"
 Name = str | os.PathLike[str]
 
 
@@ -36,6 +37,7 @@ def load_f5(path: Name, variant: str | None = None, *, ema: bool = True) -> DiT:
         )
     weights = checkpoints.read(path, ema=ema)
     _expect_whole(path, weights)
+    _expect_family(path, weights, "F5-TTS")
     with checkpoints.naming(path):
         ahead = state_dicts.prefix(weights, DiT.root)
         if ahead.startswith("ema_model.") and not ema:
@@ -64,6 +66,7 @@ def load_cosyvoice2(path: Name) -> CausalUNet:
     """
     weights = checkpoints.read(path)
     _expect_whole(path, weights)
+    _expect_family(path, weights, "CosyVoice2")
     with checkpoints.naming(path):
         return CausalUNet.from_state_dict(weights)
 
@@ -81,6 +84,7 @@ def load_cosyvoice3(path: Name) -> DiT:
     """
     weights = checkpoints.read(path)
     _expect_whole(path, weights)
+    _expect_family(path, weights, "CosyVoice3")
     with checkpoints.naming(path):
         return DiT.from_state_dict(weights, "cosyvoice3")
 
@@ -106,6 +110,17 @@ def _expect_whole(path: Name, weights: Iterable[str]) -> None:
     if os.path.exists(side_file(path)) and not any(name.endswith(MIXER) for name in weights):
         raise ValueError(
             f"path: expected a teacher, got a student, which load_student reads: {path}"
+        )
+
+
+def _expect_family(path: Name, weights: Collection[str], wanted: str) -> None:
+    """Where the keys tell another of the clients, they are not what to complain of."""
+    signs = {"CosyVoice2": CausalUNet.root, "F5-TTS": TEXT, "CosyVoice3": DiT.root}
+    looks = [k for k, sign in signs.items() if any(f".{w}".endswith(f".{sign}") for w in weights)]
+    found = looks[0] if looks else wanted
+    if found != wanted:
+        raise ValueError(
+            f"{path}: expected a checkpoint of {wanted}, got what looks like {found}'s"
         )
 
 

@@ -121,7 +121,14 @@ def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu
             belong together.
     """
     weights, side = checkpoints.read(path), side_file(path)
-    for digest, (text, extra) in _read_side(side).items():
+    try:
+        students = _read_side(side)
+    except FileNotFoundError as error:
+        name = os.path.basename(side)
+        raise FileNotFoundError(
+            f"{path}: not a student: its {name} is missing; the two belong together"
+        ) from error
+    for digest, (text, extra) in students.items():
         with checkpoints.naming(side):
             said = json.loads(text)
             if said["kind"] not in KINDS:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from imf_kernels import seeds
 from imf_kernels.graphs import GraphSampler
-from imf_kernels.models import StepTokenDiT
+from imf_kernels.models import StepTokenDiT, state_dicts
 from imf_kernels.o3s.cache import DiskCache
+from imf_kernels.o3s.metric import ranks_of
 from imf_kernels.o3s.result import SearchResult
 from imf_kernels.o3s.samples import DevBatch, on_batches
 from imf_kernels.o3s.search import search
@@ -47,7 +48,8 @@ def find_grid(
         metric: `metric(samples, batch)`; see `on_batches`.
         folder: Gets `evaluations/` (a `DiskCache`) and `o3s_nfe<nfe>_<name>.json` (the result;
             what file names cannot hold is quoted as in URLs).
-        name: Of the metric and the development set, for the cache and the result. A short one.
+        name: Of the metric, for the result and the cache, which tells development sets apart by
+            their tensors. A short one.
         seed: Of the noise; batch k's is drawn from `seeds.seed(seed, k)`.
         settings: What else the values depend on, for the cache.
         options: Of `search`.
@@ -69,7 +71,13 @@ def find_grid(
         group=group,
     )
     cached = DiskCache(folder / "evaluations").wrap(
-        measured, model=model, name=name, guidance=guidance, seed=seed, **(settings or {})
+        measured,
+        model=model,
+        name=name,
+        guidance=guidance,
+        seed=seed,
+        batches=ranks_of(measured).first(lambda: _fingerprint(batches)),
+        **(settings or {}),
     )
     return search(
         cached,
@@ -78,6 +86,19 @@ def find_grid(
         save_to=save_to,
         **options,
     )
+
+
+def _fingerprint(batches: Sequence[Batch]) -> str:
+    """A hash of a development set."""
+    tensors, others = {}, []
+    for i, batch in enumerate(batches):
+        given = {"x1": batch.x1, "lengths": batch.lengths, "loss_mask": batch.loss_mask}
+        for name, value in {**given, **batch.conditions}.items():
+            if isinstance(value, Tensor):
+                tensors[f"{i}.{name}"] = value
+            else:
+                others.append(f"{i}.{name}={value}")
+    return state_dicts.fingerprint(" ".join(others), tensors)
 
 
 def _check_steps(model: Any, batches: Sequence[Batch], nfe: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,8 +43,9 @@ def search(
     `resume` counts, and rank 0 alone writes.
 
     Args:
-        metric: Called with a float32 CPU grid `(nfe + 1,)`; a NaN counts as worst. It should give
-            equal grids equal values: use one noise for all (`on_samples` does).
+        metric: Called with a float32 CPU grid `(nfe + 1,)`; a NaN counts as worst, and is an error
+            for the start. It should give equal grids equal values: use one noise for all
+            (`on_samples` does).
         nfe: Steps; nfe = 1 has nothing to search and evaluates the start only.
         higher_is_better: The metric's direction.
         start: First grid, a name or times.
@@ -61,8 +63,8 @@ def search(
         callback: Called, on every rank, with each paid evaluation and the result so far.
 
     Raises:
-        ValueError: bad arguments, other settings than on other ranks, or `resume` from a search
-            with other settings.
+        ValueError: bad arguments, NaN for the start, other settings than on other ranks, or
+            `resume` from a search with other settings.
         RuntimeError: another rank failed, in the metric, the callback or in writing; it says which
             and why.
     """
@@ -137,6 +139,8 @@ class _Search:
         nfe = self.result.nfe
         grid = self.result.start
         best = self.evaluate(grid)
+        if math.isnan(self.known[grid]):
+            raise ValueError(f"metric: expected a number for the start {list(grid)}, got nan")
         in_vain, sweep = 0, 0
         while nfe > 1 and in_vain < nfe:
             if sweep == max_sweeps:

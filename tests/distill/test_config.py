@@ -142,6 +142,11 @@ def test_overrides(tmp_path):
         ("validation.nfe", [1, "x"], r"validation.nfe\[1\]: expected an integer, got 'x'"),
         ("previews.vocoder", "vocos", "previews.vocoder: expected one of griffin_lim or"),
         ("o3s.search.budgie", 3, "o3s.search.budgie: expected one of start, "),
+        ("o3s.search.budget", 0, "o3s.search.budget: expected an integer >= 1, got 0"),
+        ("o3s.search.method", "goldn", "o3s.search.method: expected one of ternary, golden, got"),
+        ("o3s.search.min_gap", 0.5, r"o3s.search.min_gap: expected a number in \(0, 1 / nfe\)"),
+        ("o3s.nfe", [2, 0], "o3s.nfe: expected an integer >= 1, got 0"),
+        ("training.precision", "fp16", "training.precision: expected one of no, bf16, got 'fp16'"),
         ("o3s.metric", "wer", "o3s.metric: expected one of to_teacher or"),
         ("output.path", "student.onnx", "output.path: expected a file .pt or .safetensors"),
         ("output.like", "no.pt", "output.like: expected a file, got none: no.pt"),
@@ -150,6 +155,11 @@ def test_overrides(tmp_path):
 def test_errors_name_the_place(document, path, value, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
         configs.parse(put(document, path, value))
+
+
+def test_no_without_quotes(document):
+    unquoted = yaml.safe_load("precision: no")["precision"]
+    assert configs.parse(put(document, "training.precision", unquoted)).training.precision == "no"
 
 
 def test_a_family_wants_its_file(document, tmp_path, monkeypatch):

@@ -54,6 +54,8 @@ def test_a_run_from_end_to_end(document, tmp_path, capsys):
     assert not torch.equal(held["out.weight"], expected["out.weight"])
     found = json.loads((folder / "o3s/o3s_nfe2_to_teacher@teacher.json").read_text())
     assert len(found["evaluations"]) == 4
+    paid = [json.loads(path.read_text()) for path in (folder / "o3s/evaluations").iterdir()]
+    assert {p["settings"]["solves"].split(" ", 1)[1] for p in paid} == {"4 2.0"}, "steps, guidance"
     best = min(found["evaluations"], key=lambda e: e["value"])
     assert json.loads((folder / "student.grid.json").read_text()) == best["grid"]
 
@@ -67,7 +69,8 @@ def test_a_dry_run_tells_and_trains_nothing(document, tmp_path, capsys):
     assert told["model"]["build"] == "tests.distill.own:model"
     trained = sum(p.numel() for p in own.model(24).student().parameters())
     assert f"student: {trained:,} parameters trained, 0 frozen" in said
-    assert "3 utterances held out" in said
+    assert "3 utterances held out; left out: 0 for their length, 0 for data.frames" in said
+    assert said.endswith("begins anew\n")
     assert not (tmp_path / "run").exists()
 
 
@@ -142,7 +145,7 @@ def test_several_ranks_say_one_line(document, monkeypatch, capsys, rank):
 
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr("imf_kernels.distill.__main__.run", stopped)
-    assert main([document]) == 0
+    assert main([document]) == 143
     assert capsys.readouterr().err.count("\n") == (rank == "0")
     monkeypatch.setattr("imf_kernels.distill.__main__.run", failed)
     assert main([document]) == 1

@@ -48,12 +48,13 @@ def test_f5_runs_and_resumes_to_the_bit(place, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(JsonLines, "updated", interrupted)
-        assert main([recipe, "--debug", *chosen("parts")]) == 0
+        assert main([recipe, "--debug", *chosen("parts")]) == 128 + signal.SIGTERM
     assert not (place / "parts/student.safetensors").exists()
     command = [sys.executable, "-m", "imf_kernels.distill", recipe, *chosen("parts")]
     there = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=there)
     assert done.returncode == 0, done.stderr
+    assert "goes on after update 3\n" in done.stdout
     assert "student: parts/student.safetensors" in done.stdout
     whole, weights = student("whole/student.safetensors")
     parts, others = student("parts/student.safetensors")
@@ -138,7 +139,9 @@ def test_a_student_with_step_tokens(place):
     assert not torch.equal(held.proj_out.weight, before.proj_out.weight)
     last = read(place / "run/log.jsonl")[-1]
     assert {"val/nfe1", "val/nfe2", "endpoint", "velocity"} <= last.keys()
-    found = json.loads((place / "run/o3s/o3s_nfe2_to_teacher@teacher.json").read_text())["evaluations"]
+    found = json.loads((place / "run/o3s/o3s_nfe2_to_teacher@teacher.json").read_text())[
+        "evaluations"
+    ]
     best = min(found, key=lambda evaluation: evaluation["value"])
     assert json.loads((place / "run/student.grid.json").read_text()) == best["grid"]
 

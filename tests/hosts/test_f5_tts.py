@@ -639,8 +639,11 @@ def test_hosts_from_files(tmp_path, variant):
     given = request() | {"steps": 3, "cfg_strength": 2.0, "seed": 0}
     published = {f"ema_model.{name}": value for name, value in model.state_dict().items()}
     save_file(published, tmp_path / "model.safetensors")
-    loaded = from_checkpoint(tmp_path / "model.safetensors", variant, vocab_char_map={"a": 1})
-    assert loaded.vocab_char_map == {"a": 1}
+    vocab = {chr(97 + i): i for i in range(20)}
+    loaded = from_checkpoint(tmp_path / "model.safetensors", variant, vocab_char_map=vocab)
+    assert loaded.vocab_char_map == vocab
+    with pytest.raises(ValueError, match="vocab_char_map: expected the model's 20 tokens, got 1"):
+        from_checkpoint(tmp_path / "model.safetensors", variant, vocab_char_map={"a": 1})
     assert torch.equal(loaded.sample(**given)[0], model.sample(**given)[0])
 
     student = model.student(2.5, grid=[0.0, 0.3, 1.0])

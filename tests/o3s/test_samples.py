@@ -1,6 +1,7 @@
 """Metrics of samples: on flows of closed form, whole and in batches."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,6 +145,11 @@ def test_find_grid_is_the_search_that_one_would_write(model, tmp_path, guidance)
     assert other.value != found.value
     o3s.find_grid(model, batches, to_data, 2, seed=6, settings={"more": 1}, budget=1, **helped)
     assert len(solves) == len(batches) * (len(other.evaluations) + 1)
+
+    solves.clear()
+    batches[1] = replace(batches[1], x1=batches[1].x1 + 1)
+    o3s.find_grid(model, batches, to_data, 2, seed=6, budget=1, **helped)
+    assert len(solves) == len(batches), "of the same name, but another development set"
 
 
 def test_metrics_of_one_folder_have_results_of_their_own(model, tmp_path):

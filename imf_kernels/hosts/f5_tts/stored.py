@@ -15,10 +15,13 @@ def from_checkpoint(path: str | Path, variant: str, **options: Any) -> F5TTS:
         path: See `imf_kernels.models.load_f5`.
         variant: "f5_v0" (`F5TTS_Base`) or "f5_v1": a checkpoint does not tell.
         options: Of `F5TTS`: `mel_spec`, `vocab_char_map`, ...
+
+    Raises:
+        ValueError, FileNotFoundError: of `load_f5`; a vocabulary of another size than the model's.
     """
     from imf_kernels.models import load_f5
 
-    return F5TTS(load_f5(path, variant=variant), **options).eval()
+    return _host(load_f5(path, variant=variant), options)
 
 
 def from_student(path: str | Path, **options: Any) -> F5TTS:
@@ -27,6 +30,10 @@ def from_student(path: str | Path, **options: Any) -> F5TTS:
     Args:
         path: See `imf_kernels.models.load_student`.
         options: Of `F5TTS`; `grid` or `nfe` replace the student's grid.
+
+    Raises:
+        ValueError, FileNotFoundError: of `load_student`; a vocabulary of another size than the
+            model's.
     """
     from imf_kernels.models import load_student
 
@@ -34,4 +41,14 @@ def from_student(path: str | Path, **options: Any) -> F5TTS:
     stored = {"guidance": student.guidance}
     if not {"grid", "nfe"} & options.keys():
         stored["grid"] = student.grid
-    return F5TTS(student.model, **(stored | options)).eval()
+    return _host(student.model, stored | options)
+
+
+def _host(model: Any, options: dict[str, Any]) -> F5TTS:
+    host, vocab = F5TTS(model, **options), options.get("vocab_char_map")
+    if vocab is not None and len(vocab) != model.config.text.vocab:
+        raise ValueError(
+            f"vocab_char_map: expected the model's {model.config.text.vocab} tokens, "
+            f"got {len(vocab)}"
+        )
+    return host.eval()
