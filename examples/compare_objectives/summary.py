@@ -22,6 +22,7 @@ NAMES = {
     "int_mean_flow": "IntMeanFlow",
     "split_mean_flow": "SplitMeanFlow",
     "ds_flow": "DSFlow",
+    "ds_flow_tokens": "DSFlow, step tokens",
     "mean_flow": "MeanFlow",
 }
 NUMBERS = {key: COLUMNS[key] for key in ("mcd", "frechet", "sharpness", "c2st", "to_teacher")}
@@ -73,14 +74,17 @@ def table(results: Results, budget: str) -> str:
 def costs(results: Results) -> str:
     """Markdown: what the students took."""
     lines = [
-        "| | updates | seconds | updates in IntMeanFlow's seconds | peak of an update, MB |",
-        "|---|---|---|---|---|",
+        "| | updates | seconds | updates in IntMeanFlow's seconds | peak of an update, MB "
+        "| parameters, millions: teacher | student |",
+        "|---|---|---|---|---|---|---|",
     ]
     columns: tuple[tuple[Callable[[Any], float], int], ...] = (
         (lambda run: ended(run, "updates")["updates"], 0),
         (lambda run: ended(run, "updates")["seconds"], 0),
         (lambda run: ended(run, "seconds")["updates"], 0),
         (lambda run: run["peak_bytes"] / 1e6, 0),
+        (lambda run: run["parameters"]["teacher"] / 1e6, 2),
+        (lambda run: run["parameters"]["student"] / 1e6, 2),
     )
     for name, runs in results.items():
         if "peak_bytes" in runs[0]:

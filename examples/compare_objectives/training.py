@@ -1,7 +1,8 @@
 """A training loop whose every moment is a finished student: constant rate, averaged weights.
 
 A schedule that decays to its end would favour whichever budget it ends with; so one run of an
-objective is measured after as many updates as the others, and after as many seconds.
+objective is measured after as many updates as the others, and after as many seconds. Whether such
+a schedule would do better is a question for the sweep.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from examples.quickstart.model import Token2Mel
+from imf_kernels.distill.optimization import adamw, schedule
 from imf_kernels.objectives import Batch
 
 WARMUP = 20
@@ -44,6 +46,7 @@ def train(
     batches: Iterator[Batch],
     *,
     lr: float,
+    decay: str = "constant",
     ema: float | None,
     updates: int,
     seconds: float | None = None,
@@ -55,20 +58,21 @@ def train(
         objective: `loss, info = objective(student, batch)`.
         batches: Endless.
         lr: Learning rate after a linear warm-up.
+        decay: Of the learning rate, over the updates: "constant", "cosine" or "linear".
         ema: Decay of the weights' average, smaller during the first updates; None: no average.
         updates: The budget "updates". A quarter and a half of it are snapshots too.
         seconds: The budget "seconds"; None: what the updates take. Snapshots take none.
     """
     student.estimator.fuse_weights()
     parameters = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), fused=True)
+    optimizer = adamw(student, lr, weight_decay=0.01)
     averaged = AveragedModel(student, multi_avg_fn=_average(ema or 0.0))
     student.train()
     snapshots: list[Snapshot] = []
     left, done, taken = {"updates", "seconds"}, 0, 0.0
     while left:
         start = time.perf_counter()
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (done + 1) / WARMUP)
+        optimizer.param_groups[0]["lr"] = lr * schedule(min(done, updates), updates, WARMUP, decay)
         loss, _ = objective(student, next(batches))
         optimizer.zero_grad()
         loss.backward()

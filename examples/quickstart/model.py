@@ -55,11 +55,11 @@ class Token2Mel(nn.Module):
         speakers: Tensor,
         prompt: Tensor,
         lengths: Tensor,
-        *,
-        guided: bool = False,
+        **options: Any,
     ) -> Conditioning:
+        """The options are those of the estimator's `prepare`."""
         features = self.encoder(phonemes, speakers)
-        return self.estimator.prepare(prompt, lengths, **features, guided=guided)
+        return self.estimator.prepare(prompt, lengths, **features, **options)
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor, cond: Conditioning) -> Tensor:
         return self.estimator(x, t, r, cond)

@@ -45,14 +45,18 @@ class Split:
             noise = torch.randn(batch.x1.shape, generator=generator).to(device)
             self.batches.append((batch, noise))
 
-    def solve(self, model: Any, grid: Tensor, guidance: float | None = None) -> list[Tensor]:
-        """Mels `(N, 80)` of all utterances on the CPU, their prompts overwritten by the truth."""
+    def solve(
+        self, model: Any, grid: Tensor, guidance: float | None = None, **told: Any
+    ) -> list[Tensor]:
+        """Mels `(N, 80)` of all utterances on the CPU, their prompts overwritten by the truth.
+
+        `told` is what `model.prepare` takes beside the batch's conditions.
+        """
         mels = []
         with torch.no_grad():
             for batch, noise in self.batches:
-                cond = model.prepare(
-                    lengths=batch.lengths, **batch.conditions, guided=guidance is not None
-                )
+                told = {**told, "guided": guidance is not None}
+                cond = model.prepare(lengths=batch.lengths, **batch.conditions, **told)
                 x = sampler.sample(model, noise, cond, grid, guidance=guidance).cpu()
                 mels += [
                     row[:length] for row, length in zip(x, batch.lengths.tolist(), strict=True)

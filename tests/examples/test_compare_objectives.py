@@ -69,14 +69,17 @@ def test_a_comparison(tmp_path, monkeypatch, capsys):
     found = {name: json.loads(path.read_text()) for name, path in files.items()}
     allowed = found["int_mean_flow"]["snapshots"][-1]["seconds"]
     for name in METHODS:
-        snapshots = found[name]["snapshots"]
+        snapshots, tokens = found[name]["snapshots"], name == "ds_flow_tokens"
         assert summary.ended(found[name], "updates")["updates"] == 4
         assert summary.ended(found[name], "seconds")["seconds"] >= allowed
         assert [s["seconds"] for s in snapshots] == sorted(s["seconds"] for s in snapshots)
         assert found[name]["peak_bytes"] > 0
         for snapshot in snapshots:
             nfes = [row["nfe"] for row in snapshot["rows"]]
-            assert nfes == [1, 2, 3, 4] + [8] * bool(snapshot["budgets"])
+            steps = [1, 2, 3, 4] + [8] * bool(snapshot["budgets"])
+            assert nfes == ([1, 2, 4] if tokens else steps)
+        counted = found[name]["parameters"]
+        assert (counted["student"] < counted["teacher"]) == tokens
     fine = found["teacher"]["snapshots"][0]["rows"][-1]
     assert fine["to_teacher"] == 0
 
@@ -84,6 +87,9 @@ def test_a_comparison(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert f"| teacher, guided | 8 | {fine['mcd']:.2f} |" in printed
     assert printed.count("| DSFlow | 8 |") == 2
+    assert printed.count("| DSFlow, step tokens | 2 |") == 2
+    counted = found["ds_flow_tokens"]["parameters"]
+    assert f"| {counted['teacher'] / 1e6:.2f} | {counted['student'] / 1e6:.2f} |" in printed
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -124,7 +130,8 @@ def test_factors_are_settings(factor):
     for changes in ablations.FACTORS[factor].values():
         method = defaults.but(**changes)
         assert method.described != defaults.described
-        method.make(small_teacher(), 64, torch.Generator())
+        method.student_of(small_teacher())
+        method.objective_of(small_teacher(), 64, torch.Generator())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -133,7 +140,8 @@ def test_changes_of_a_sweep_are_settings(name):
         method = METHODS[name].but(**changes)
         assert method.described != METHODS[name].described
         assert method.described.keys() == METHODS[name].described.keys()
-        method.make(small_teacher(), 4, torch.Generator())
+        method.student_of(small_teacher())
+        method.objective_of(small_teacher(), 4, torch.Generator())
 
 
 def test_seconds_may_end_before_or_after_updates(monkeypatch):
