@@ -23,18 +23,19 @@ from examples.quickstart.experiment import GUIDANCE, UPDATES
 
 TEACHERS = {"teacher": GUIDANCE, "teacher_unguided": None}
 RESULTS = Path(__file__).with_name("results")
+SWEEP_UPDATES = 64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of corpus, training and noise")
-    parser.add_argument("--updates", type=int, help=f"by default {UPDATES}, in a sweep a third")
+    parser.add_argument("--updates", type=int, help=f"{UPDATES}, or in a sweep {SWEEP_UPDATES}")
     parser.add_argument("--out", type=Path, default=RESULTS, help="a folder")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
     if args.sweep:
-        sweep(args.seed, args.updates or UPDATES // 3, args.out / "sweep", args.only)
+        sweep(args.seed, args.updates or SWEEP_UPDATES, args.out / "sweep", args.only)
     else:
         compare(args.seed, args.updates or UPDATES, args.out, args.only)
 

@@ -1,7 +1,7 @@
 """du/dt of a student along `dz/dt = v`, r fixed: by forward-mode AD, or by a difference.
 
-Both in float32 proper, without gradient, autocast or TF32. Embeddings of `1000 t` turn fast: the
-difference wants steps of 1e-4 or less, over which half precision has no digits left.
+Both in float32 proper, without gradient, autocast or TF32. Embeddings of `1000 t` turn fast: to be
+the derivative, the difference wants steps of 1e-4 or less, over which half precision has no digits.
 """
 
 from __future__ import annotations
