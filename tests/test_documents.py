@@ -38,7 +38,8 @@ class Flow(HostFlow):
 
 def clients(tmp_path):
     """What the README's reader has: live objects of the clients, in small, and data for them."""
-    cfm = F5TTS(small_model("f5_v1", channels=100), vocab_char_map={"a": 0, "b": 1, "c": 2})
+    vocab = {chr(ord("a") + i): i for i in range(20)}
+    cfm = F5TTS(small_model("f5_v1", channels=100), vocab_char_map=vocab)
     flow = Flow(HostCFM(small("dit"), inference_cfg_rate=0.7))
     encoder = LookaheadEncoder(vocab=10, channels=80, speaker=12, inner=16, lookahead=3)
     decoder = {name: value for name, value in flow.state_dict().items() if "decoder." in name}

@@ -15,7 +15,7 @@ from imf_kernels.models import (
     load_f5,
     load_student,
     save_student,
-    students,
+    state_dicts,
 )
 from tests.models.test_checkpoints import dit, f5_average, flow, listening, unet
 
@@ -260,7 +260,7 @@ def test_what_is_said_of_a_student_cannot_be_altered(pair, tmp_path):
 
 def test_what_is_said_of_a_student_is_checked(tmp_path, monkeypatch):
     """Also where the hash is right: whoever lies can compute it."""
-    monkeypatch.setattr(students, "_fingerprint", lambda said, own: KEY)
+    monkeypatch.setattr(state_dicts, "fingerprint", lambda said, own: KEY)
     path, side = tmp_path / "student.pt", tmp_path / "student.student.safetensors"
     save_student(listening(dit()), path, grid="sway", nfe=2, guidance=3.0)
     tensors, texts = load_file(side), checkpoints.metadata(side)
