@@ -187,7 +187,7 @@ METHODS = {
         lr=5e-4,
     ),
     # The guided teacher's velocity in place of the data's. Half of the rows have r = t, not the .75
-    # of training from scratch; a quarter was worse. The difference is wide: for t <= .5 this
+    # of training from scratch. The difference is wide: for t <= .5 this
     # teacher's dv/dt has an rms of 2.4 to 3.4 (a JVP and a difference over 1e-4 agree on it), but
     # of .6 to .8 over .05: the rest are ripples of the embedding of 1000 t. With them the target
     # over [t, 1] is 1.7 to 3 away from the mean velocity, v itself .3; a student is worse at NFE
