@@ -4,9 +4,10 @@
     python -m examples.compare_objectives --sweep --out examples/compare_objectives/results
 
 Every objective trains one student, which is measured on the test split after as many updates as all
-and after the seconds that IntMeanFlow's updates took; so the machine should have nothing else to
-do. Results are a file per seed and objective; those that are there are not made again. `--sweep`
-tries the settings of `methods.SWEEP` on the development split instead.
+and after the seconds that IntMeanFlow's updates took, on one thread. Seconds are of CPU time, which
+other work on the machine changes little. Results are a file per seed and objective; those that are
+there are not made again. `--sweep` tries the settings of `methods.SWEEP` on the development split
+instead.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from examples.compare_objectives.methods import METHODS, SWEEP, Method
 from examples.compare_objectives.study import Study, kept
@@ -34,6 +37,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
+    torch.set_num_threads(1)
     if args.sweep:
         sweep(args.seed, args.updates or SWEEP_UPDATES, args.out / "sweep", args.only)
     else:
@@ -60,6 +64,8 @@ def sweep(seed: int, updates: int, out: Path, names: Iterable[str]) -> None:
     """Each method's settings and, one at a time, what else could be; development split."""
     study = Study(seed, "dev")
     for name in names:
+        if name not in SWEEP:
+            continue
         scores = {}
         for label, changes in {"chosen": {}, **SWEEP[name]}.items():
             path = out / f"{name} {label}.json"

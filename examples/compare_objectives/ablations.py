@@ -3,9 +3,9 @@
     python -m examples.compare_objectives.ablations --seed 0
     python -m examples.compare_objectives.ablations --tables
 
-All students take the same updates. Where the distribution of intervals is the factor, z_t lies on
-the line from noise to data, and every rollout serves as many updates as it has sub-steps: the
-teacher is then asked once per update and row, as it is by the defaults.
+All students take the same updates. Only z_t on the line from noise to data has a distribution of
+intervals; there every rollout has 4 sub-steps and serves 4 updates: the teacher is asked once per
+update and row, as it is by the defaults.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from examples.compare_objectives.__main__ import RESULTS, trained
 from examples.compare_objectives.methods import METHODS
@@ -33,6 +35,7 @@ FACTORS: Mapping[str, Mapping[str, Changes]] = {
         "0": {"interval": {"full": 0.0}},
         ".5": {"interval": {"full": 0.5}},
     },
+    "z_t": {"on the line": {"source": "data"}},
     "z_t on the line, intervals": {
         "uniform pairs, .2 of [0, 1]": {**ON_THE_LINE, "interval": {"full": 0.2}},
         "uniform pairs": {**ON_THE_LINE, "interval": {}},
@@ -44,6 +47,11 @@ FACTORS: Mapping[str, Mapping[str, Changes]] = {
     "mixer": {
         "D = .5 I": {"student": {"diagonal": 0.5}},
         "D = 0": {"student": {"diagonal": 0.0}},
+    },
+    "learning rate": {
+        "cosine from 1e-3, no EMA": {"lr": 1e-3, "decay": "cosine", "ema": None},
+        "cosine from 1e-3": {"lr": 1e-3, "decay": "cosine"},
+        "cosine from 5e-4": {"lr": 5e-4, "decay": "cosine"},
     },
     "EMA": {
         "none": {"ema": None},
@@ -66,6 +74,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=FACTORS, default=list(FACTORS))
     parser.add_argument("--tables", action="store_true", help="of the results, without a run")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     if not args.tables:
         ablate(args.seed, args.updates, args.out, args.only)
     print("\n".join(table(load(args.out))))

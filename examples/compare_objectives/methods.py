@@ -201,6 +201,15 @@ METHODS = {
             "adaptive": 0.01,
         },
     ),
+    # The derivative itself, by forward-mode AD.
+    "mean_flow_jvp": Method(
+        build=mean_flow,
+        options={
+            "derivative": "jvp",
+            "interval": {"mean": 0.4, "std": 1.0, "boundary": 0.5},
+            "adaptive": 0.01,
+        },
+    ),
 }
 
 SWEEP: dict[str, dict[str, dict[str, Any]]] = {

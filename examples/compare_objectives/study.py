@@ -123,6 +123,7 @@ class Study:
             "snapshots": found,
             "parameters": {"teacher": parameters(self.teacher), "student": parameters(student)},
             "peak_bytes": self.peak(method) if self.final else None,
+            "held_bytes": cache.nbytes if (cache := getattr(objective, "cache", None)) else 0,
         }
 
     def peak(self, method: Method) -> int:

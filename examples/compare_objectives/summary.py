@@ -24,6 +24,7 @@ NAMES = {
     "ds_flow": "DSFlow",
     "ds_flow_tokens": "DSFlow, step tokens",
     "mean_flow": "MeanFlow",
+    "mean_flow_jvp": "MeanFlow, JVP",
 }
 NUMBERS = {key: COLUMNS[key] for key in ("mcd", "frechet", "sharpness", "c2st", "to_teacher")}
 PANELS = (("to_teacher", "distance to the fine solve"), ("frechet", "Fréchet distance"))
@@ -75,14 +76,15 @@ def costs(results: Results) -> str:
     """Markdown: what the students took."""
     lines = [
         "| | updates | seconds | updates in IntMeanFlow's seconds | peak of an update, MB "
-        "| parameters, millions: teacher | student |",
-        "|---|---|---|---|---|---|---|",
+        "| held rollouts, MB | parameters, millions: teacher | student |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     columns: tuple[tuple[Callable[[Any], float], int], ...] = (
         (lambda run: ended(run, "updates")["updates"], 0),
         (lambda run: ended(run, "updates")["seconds"], 0),
         (lambda run: ended(run, "seconds")["updates"], 0),
         (lambda run: run["peak_bytes"] / 1e6, 0),
+        (lambda run: run["held_bytes"] / 1e6, 0),
         (lambda run: run["parameters"]["teacher"] / 1e6, 2),
         (lambda run: run["parameters"]["student"] / 1e6, 2),
     )

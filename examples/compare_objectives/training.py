@@ -27,7 +27,7 @@ Objective = Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tensor]]]
 
 
 class Snapshot(NamedTuple):
-    """A student after so many updates and seconds, and the budgets that end there."""
+    """A student after so many updates and seconds of CPU time, and the budgets that end there."""
 
     budgets: tuple[str, ...]
     updates: int
@@ -61,7 +61,8 @@ def train(
         decay: Of the learning rate, over the updates: "constant", "cosine" or "linear".
         ema: Decay of the weights' average, smaller during the first updates; None: no average.
         updates: The budget "updates". A quarter and a half of it are snapshots too.
-        seconds: The budget "seconds"; None: what the updates take. Snapshots take none.
+        seconds: The budget "seconds", of CPU time; None: what the updates take. Snapshots take
+            none.
     """
     student.estimator.fuse_weights()
     parameters = [p for p in student.parameters() if p.requires_grad]
@@ -71,7 +72,7 @@ def train(
     snapshots: list[Snapshot] = []
     left, done, taken = {"updates", "seconds"}, 0, 0.0
     while left:
-        start = time.perf_counter()
+        start = time.process_time()
         optimizer.param_groups[0]["lr"] = lr * schedule(min(done, updates), updates, WARMUP, decay)
         loss, _ = objective(student, next(batches))
         optimizer.zero_grad()
@@ -79,7 +80,7 @@ def train(
         nn.utils.clip_grad_norm_(parameters, CLIP, error_if_nonfinite=True)
         optimizer.step()
         averaged.update_parameters(student)
-        taken += time.perf_counter() - start
+        taken += time.process_time() - start
         done += 1
 
         enough = done >= updates

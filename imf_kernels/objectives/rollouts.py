@@ -129,6 +129,11 @@ class RolloutCache(Stateful):
     def __len__(self) -> int:
         return len(self._rollouts)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states and displacements that it holds."""
+        return sum(held.states.nbytes + held.displacements.nbytes for held in self._rollouts)
+
     def wants_new(self) -> bool:
         """Whether this call should add a rollout."""
         if len(self) < self.capacity:

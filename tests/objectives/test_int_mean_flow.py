@@ -252,6 +252,7 @@ def test_cache_pays_the_teacher_once(refresh, calls):
     for _ in range(12):
         objective(Scale(torch.float64), batch())
     assert len(cache) == 3
+    assert cache.nbytes == 3 * 2 * batch().x1.nbytes
     assert len(flow.asked) % 4 == 0
     assert len(flow.asked) // 4 in calls
 
