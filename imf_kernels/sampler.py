@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import checks, grids
+from imf_kernels.profiling import span
 from imf_kernels.solver import Callback, VelocityModel, euler, model_dtype, row_lengths
 
 
@@ -52,7 +53,11 @@ def sample(
     checks.guidance(guidance, noise)
     steps = times.numel() - 1
     per_row = times[:, None].expand(-1, noise.shape[0]).contiguous()
-    with torch.set_grad_enabled(grad), _Progress(steps, callback, progress) as on_step:
+    with (
+        span("solve", steps),
+        torch.set_grad_enabled(grad),
+        _Progress(steps, callback, progress) as on_step,
+    ):
         run = euler(
             _velocity(model, times, per_row, cond, live=grad),
             noise,

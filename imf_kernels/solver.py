@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels.ops.guided_euler_step import guided_euler_step
+from imf_kernels.profiling import span
 
 Callback = Callable[[int, Tensor], None]
 
@@ -69,22 +70,24 @@ def euler(
     states, displacements = [x], [displacement]
     model_input = x.to(dtype)
     for k in range(dt.shape[0]):
-        v = velocity(k, model_input)
-        if v.shape[0] != branches * rows:
-            raise ValueError(
-                f"cond: expected one prepared for {branches * rows} rows "
-                f"({'with' if branches == 2 else 'without'} guidance), "
-                f"got a velocity of {v.shape[0]} rows"
+        with span("sub-step"):
+            with span("evaluation"):
+                v = velocity(k, model_input)
+            if v.shape[0] != branches * rows:
+                raise ValueError(
+                    f"cond: expected one prepared for {branches * rows} rows "
+                    f"({'with' if branches == 2 else 'without'} guidance), "
+                    f"got a velocity of {v.shape[0]} rows"
+                )
+            x, displacement, model_input = guided_euler_step(
+                x,
+                v,
+                dt[k],
+                guidance,
+                lengths=lengths,
+                displacement=displacement,
+                model_dtype=dtype,
             )
-        x, displacement, model_input = guided_euler_step(
-            x,
-            v,
-            dt[k],
-            guidance,
-            lengths=lengths,
-            displacement=displacement,
-            model_dtype=dtype,
-        )
         if keep:
             states.append(x)
             displacements.append(displacement)

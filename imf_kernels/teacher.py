@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imf_kernels import checks, grids, guidance
+from imf_kernels.profiling import span
 from imf_kernels.solver import VelocityModel, model_dtype, solve
 
 
@@ -76,7 +77,7 @@ class Teacher:
         rows, frames, channels = z.shape
         checks.interval(t, t, rows)
         checks.guidance(self.guidance, z)
-        with _without_autocast(z):
+        with span("evaluation"), _without_autocast(z):
             v = self.model(z.to(model_dtype(self.model, z.dtype)), t, t, cond)
         doubled = 1 if self.guidance is None else 2
         checks.shape("model's velocity", v, doubled * rows, frames, channels)
@@ -110,7 +111,7 @@ class Teacher:
             ValueError, TypeError: naming the argument, the expected and the given value; values are
             read on CPU tensors only.
         """
-        with torch.no_grad():
+        with span("rollout", nfe), torch.no_grad():
             steps = self._steps(z, t, r, nfe, spacing)
             with _without_autocast(z):
                 return self._rollout(z, steps, cond, keep)

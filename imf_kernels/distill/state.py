@@ -17,6 +17,7 @@ from imf_kernels.distill.guard import Guard
 from imf_kernels.distill.optimization import adamw, trainable
 from imf_kernels.distill.parallel import Spread, from_all, gathered, scattered
 from imf_kernels.distill.settings import Settings
+from imf_kernels.profiling import spanned
 from imf_kernels.version import __version__
 
 FORMAT = 1
@@ -44,6 +45,7 @@ class State:
 
     # -- saving ---------------------------------------------------------------------------------
 
+    @spanned("checkpoint")
     def save(self, folder: Path) -> Path:
         """Write a checkpoint into `folder`, the first rank nearly all of it.
 

@@ -22,6 +22,7 @@ from imf_kernels.graphs import buckets as tiers
 from imf_kernels.graphs import runtime
 from imf_kernels.graphs.buckets import Bucket, PackedBucket
 from imf_kernels.models.conditioning import Conditioning, TensorSpec
+from imf_kernels.profiling import span
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,7 @@ class Engine:
     def capture(self, station: Station, function: Callable[[], None]) -> runtime.Graph:
         # what is captured serves later callers as well, whatever mode this one is in
         with (
+            span("capture"),
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast(self.device.type, enabled=False),

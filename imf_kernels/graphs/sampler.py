@@ -22,6 +22,7 @@ from imf_kernels.models.dit import DiT
 from imf_kernels.models.step_tables import StepTables
 from imf_kernels.models.step_tokens import StepTokenDiT
 from imf_kernels.ops.ragged_copy import Copy
+from imf_kernels.profiling import span
 from imf_kernels.solver import euler, model_dtype, row_lengths
 
 Grid = str | Tensor | Sequence[float]
@@ -168,7 +169,7 @@ class GraphSampler:
         guidance = self.guidance if guidance is None else guidance
         total = requests.total_frames(lengths, self._engine.guided, cond, conditions)
         request = (noise, lengths, total, cond, times, conditions, guidance)
-        with torch.no_grad():
+        with span("solve", self.nfe), torch.no_grad():
             if not self._engine.stations:
                 self._engine.count(eager=1)
                 return self._eager(*request)

@@ -26,6 +26,7 @@ from imf_kernels.models.linears import FusedLinears
 from imf_kernels.models.scope import CacheSizes, Extension, Scope, Whole
 from imf_kernels.models.step_tables import Modulation, StepTables, linear_float32
 from imf_kernels.models.time_embedding import GuidanceEmbedding, TimeEmbedMixer, TimeMLP
+from imf_kernels.profiling import spanned
 from imf_kernels.rows import Rows
 
 
@@ -113,6 +114,7 @@ class CausalUNet(Estimator):
             "packed": TensorSpec(("total", 2 * self.config.dim), None),
         }
 
+    @spanned("prepare")
     def prepare(
         self,
         prompt: Tensor,
@@ -234,6 +236,7 @@ class CausalUNet(Estimator):
             e = self.time_embed_mixer(e, self.time_mlp(r))
         return e
 
+    @spanned("table")
     @torch.no_grad()
     def tables(self, t: Tensor, r: Tensor) -> StepTables:
         """The step tables of NFE intervals: one product over the time weights of every block.

@@ -42,6 +42,7 @@ from imf_kernels.ops import (
     modulated_layer_norm_fp8,
     rope_qkv,
 )
+from imf_kernels.profiling import spanned
 from imf_kernels.rows import Rows
 
 
@@ -329,6 +330,7 @@ class DiT(Estimator):
             "rope": TensorSpec(("frames", self.config.head_dim), torch.float32),
         }
 
+    @spanned("prepare")
     def prepare(
         self,
         prompt: Tensor,
@@ -511,6 +513,7 @@ class DiT(Estimator):
             e = self.time_embed_mixer(e, self.time_embed(r))
         return e
 
+    @spanned("table")
     @torch.no_grad()
     def tables(self, t: Tensor, r: Tensor) -> StepTables:
         """The step tables of NFE intervals: one product over every adaLN weight.

@@ -15,6 +15,7 @@ from imf_kernels import checks, grids
 from imf_kernels.o3s.brackets import METHODS
 from imf_kernels.o3s.metric import Metric, ranks_of
 from imf_kernels.o3s.result import Evaluation, SearchResult, ascending
+from imf_kernels.profiling import span
 
 
 def search(
@@ -181,7 +182,8 @@ class _Search:
             if self.budget is not None and len(self.result.evaluations) >= self.budget:
                 self.result.stopped = "budget"
                 raise _BudgetSpent
-            value = float(self.metric(torch.tensor(grid, dtype=torch.float32)))
+            with span("o3s candidate"):
+                value = float(self.metric(torch.tensor(grid, dtype=torch.float32)))
             self.known[grid] = value
             evaluation = Evaluation(grid, value, self.sweep, self.position)
             self.result.evaluations.append(evaluation)

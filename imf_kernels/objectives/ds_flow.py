@@ -22,6 +22,7 @@ from imf_kernels.objectives.batch import Batch
 from imf_kernels.objectives.rollouts import TeacherRollout
 from imf_kernels.objectives.state import Stateful
 from imf_kernels.objectives.students import Prepared, expect_untold, regress
+from imf_kernels.profiling import spanned
 from imf_kernels.solver import euler, row_lengths
 from imf_kernels.teacher import Teacher
 
@@ -120,6 +121,7 @@ class DSFlow(Stateful):
             batch, run.times[every], run.elapsed[every], states, displacements, None
         )
 
+    @spanned("loss")
     def loss(
         self, student: Any, rollout: TeacherRollout, count: int, *, uncond: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -131,7 +133,7 @@ class DSFlow(Stateful):
 
         times, elapsed = rollout.times[::stride], rollout.elapsed[::stride]
         end = euler(
-            lambda k, x: student(x, times[k], times[k + 1]),
+            lambda k, x: student.evaluate(x, times[k], times[k + 1]),
             rollout.states[0],
             elapsed.diff(dim=0),
             lengths=row_lengths(student.cond, rows),

@@ -28,6 +28,7 @@ from imf_kernels.objectives.rollouts import (
 from imf_kernels.objectives.state import Stateful
 from imf_kernels.objectives.students import Prepared
 from imf_kernels.ops.mean_velocity_loss import mean_velocity_loss
+from imf_kernels.profiling import spanned
 from imf_kernels.teacher import Teacher
 
 Drawn = Callable[[int, torch.Generator | None, torch.device], Tensor]
@@ -170,6 +171,7 @@ class IntMeanFlow(Stateful):
             self.cache.add(self.rollout(batch))
         return self.cache.deal(batch.x1.device)
 
+    @spanned("loss")
     def _regress(
         self, student: Any, rollout: TeacherRollout, targets: Sequence[Target]
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -20,6 +20,7 @@ from imf_kernels.objectives.batch import Batch
 from imf_kernels.objectives.intervals import Intervals, LogitNormal, at, start_of
 from imf_kernels.objectives.state import Stateful
 from imf_kernels.objectives.students import Prepared, expect_untold, regress
+from imf_kernels.profiling import spanned
 from imf_kernels.teacher import Teacher
 
 
@@ -79,6 +80,7 @@ class MeanFlow(Stateful):
         self.progress = start_of(self.intervals)
         self._verified = False
 
+    @spanned("loss")
     def __call__(self, student: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached values to log."""
         expect_untold(student, self)

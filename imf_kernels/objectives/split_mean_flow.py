@@ -20,6 +20,7 @@ from imf_kernels.objectives.batch import Batch
 from imf_kernels.objectives.intervals import Intervals, at, start_of
 from imf_kernels.objectives.state import Stateful
 from imf_kernels.objectives.students import Prepared, expect_untold, regress, scale
+from imf_kernels.profiling import spanned
 from imf_kernels.teacher import Teacher
 
 
@@ -57,6 +58,7 @@ class SplitMeanFlow(Stateful):
         self.teacher, self.region, self.generator = teacher, region, generator
         self.progress = start_of(self.intervals)
 
+    @spanned("loss")
     def __call__(self, student: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss, and detached values to log."""
         expect_untold(student, self)

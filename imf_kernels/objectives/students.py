@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from imf_kernels.objectives.batch import Batch
 from imf_kernels.ops.mean_velocity_loss import mean_velocity_loss
+from imf_kernels.profiling import span
 from imf_kernels.solver import model_dtype
 
 
@@ -36,6 +37,11 @@ class Prepared:
         self.cond = self.inner.prepare(lengths=batch.lengths, **batch.conditions, **conditions)
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor, *, inner: bool = False) -> Tensor:
+        with span("evaluation"):
+            return self.evaluate(z, t, r, inner=inner)
+
+    def evaluate(self, z: Tensor, t: Tensor, r: Tensor, *, inner: bool = False) -> Tensor:
+        """The same for `solver.euler`, which has a range of its own around it."""
         model: Any = self.inner if inner else self.outer
         return model(z.to(model_dtype(self.inner, z.dtype)), t, r, self.cond)
 

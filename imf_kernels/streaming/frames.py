@@ -16,6 +16,7 @@ from imf_kernels.models import Baked, Cache, Conditioning, Modulation
 from imf_kernels.models.estimator import Estimator
 from imf_kernels.models.scope import to_device
 from imf_kernels.ops import guided_euler_step
+from imf_kernels.profiling import span, spanned
 
 
 class Full(RuntimeError):
@@ -150,6 +151,7 @@ class Streams:
             self._open.append(stream)
             return stream
 
+    @spanned("sub-step")
     @torch.no_grad()
     def step(self) -> list[Stream]:
         """One Euler step of every stream that has work, all in one evaluation (but for those that
@@ -208,7 +210,8 @@ class Streams:
         )
         x = torch.cat([item.x for item in work])
         conditions = torch.cat([item.conditions for item in work], dim=1)
-        v = self.model.extend(x, conditions, modulation, extension)
+        with span("evaluation"):
+            v = self.model.extend(x, conditions, modulation, extension)
         of_stream = to_device(sizes, self.device)
         dt = self._dt[steps[: len(work)]].repeat_interleave(of_stream, output_size=len(x))
         self.frames_evaluated += len(v)
@@ -220,7 +223,8 @@ class Streams:
     def _solve_whole(self, work: _Work, cond: Conditioning) -> None:
         """A step of all of a stream's frames at once, with full attention."""
         step, x = work.step, work.x[None]
-        v = self.model.evaluate(x, self._tables.at(step), cond)
+        with span("evaluation"):
+            v = self.model.evaluate(x, self._tables.at(step), cond)
         work.x = guided_euler_step(x, v, self._dt[step : step + 1], self.guidance).x[0]
         work.step += 1
         self.frames_evaluated += v.shape[0] * v.shape[1]

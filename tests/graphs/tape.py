@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from imf_kernels import checks
-from imf_kernels.ops.ragged_copy import ragged_copy
+from imf_kernels.graphs import runtime
 
 
 class Tape(TorchDispatchMode):
@@ -60,10 +60,7 @@ class TapeSlot:
     def replay(self, ins, graphs, outs):
         assert not self.busy, "two replays at once in one slot"
         self.busy = True
-        ragged_copy(ins)
-        for graph in graphs:
-            graph.replay()
-        ragged_copy(outs)
+        runtime.launch(ins, graphs, outs)
         self.busy = False
 
     def bytes_held(self):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from imf_kernels import grids
 from imf_kernels.hosts.cosyvoice.estimator import Model, prepare, times
 from imf_kernels.models import DiT, Modulation
+from imf_kernels.profiling import span
 
 
 class BakedEstimator(nn.Module):
@@ -105,7 +106,8 @@ class BakedEstimator(nn.Module):
         said = mask[:rows], mu[:rows], spks[:rows], cond[:rows]
         given = prepare(self.model, *said, streaming, told=self.guidance)
         modulation = Modulation(self.blocks[step, 0].unbind(1), self.final[step, 0])
-        u = self.model.evaluate(x[:rows].mT.contiguous(), modulation, given)
+        with span("evaluation"):
+            u = self.model.evaluate(x[:rows].mT.contiguous(), modulation, given)
         u = u.mT.float().masked_fill(~known[:, None, None], torch.nan)
         return u.repeat(2, 1, 1) if self.doubled else u.contiguous()
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from imf_kernels import checks, masks
 from imf_kernels.models import CausalUNet, Conditioning, DiT
 from imf_kernels.models.estimator import with_storage_of_its_own
+from imf_kernels.profiling import span
 
 Model = DiT | CausalUNet
 
@@ -87,7 +88,8 @@ class Estimator(nn.Module):
         given = prepare(self.model, mask, mu, spks, cond, streaming, told=self.guidance)
         start = times("t", t, len(x))
         end = start if r is None else times("r", r, len(x))
-        v = self.model(x.mT.contiguous(), start, end, given)
+        with span("evaluation"):
+            v = self.model(x.mT.contiguous(), start, end, given)
         return v.mT.float().contiguous()
 
 

@@ -18,6 +18,7 @@ from imf_kernels.hosts.f5_tts import inputs
 from imf_kernels.hosts.replays import Replays
 from imf_kernels.models import Conditioning, DiT
 from imf_kernels.objectives import Batch, IntMeanFlow
+from imf_kernels.profiling import span
 from imf_kernels.solver import solve
 from imf_kernels.teacher import Teacher
 
@@ -334,7 +335,8 @@ class F5TTS(nn.Module):
         """Over times that do not start at 0, which `sampler.sample` would refuse."""
         per_row = times[:, None].expand(-1, len(x)).contiguous()
         dt = per_row.diff(dim=0)
-        run = solve(self.transformer, x, per_row, dt, cond, w, accumulate=False, keep=keep)
+        with span("solve", len(dt)):
+            run = solve(self.transformer, x, per_row, dt, cond, w, accumulate=False, keep=keep)
         return run.x if run.states is None else run.states
 
     # -- training -------------------------------------------------------------------------------
