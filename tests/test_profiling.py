@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import json
 import runpy
 import sys
 import threading
@@ -16,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
 import imf_kernels
+from benchmarks import profile as benchmark
 from imf_kernels import DSFlow, IntMeanFlow, MeanFlow, SplitMeanFlow, Teacher, o3s, profiling
 from imf_kernels.graphs import GraphSampler, runtime
 from imf_kernels.models import Baked
@@ -390,6 +392,54 @@ def test_tracing_knows_nothing_of_ranges(domain):
     assert not [node for node in exported.graph.nodes if "profiler" in str(node.target)]
     for got in traced:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+# -- the tables -----------------------------------------------------------------------------------
+
+
+def run(arguments, monkeypatch):
+    command = f"profile --model tiny --device cpu --seconds 0.2 --prompt 0.1 {arguments}"
+    monkeypatch.setattr("sys.argv", command.split())
+    assert benchmark.main() == 0
+    assert not profiling.enabled() or "--nsight" in arguments
+
+
+def test_the_table_of_ranges(tmp_path, monkeypatch, capsys):
+    run(f"--nfe 2 --guidance 1.5 --rounds 2 --out {tmp_path / 'profile.json'}", monkeypatch)
+    solves, evaluation = json.loads((tmp_path / "profile.json").read_text())["rows"]
+    rows = {row["range"]: row for row in solves["ranges"]}
+    counts = {"solve": 1, "sub-step": 2, "evaluation": 2, "prepare": 1, "table": 1}
+    assert {name: row["count"] for name, row in rows.items()} == counts
+    outermost = rows["solve"]["total"] + rows["prepare"]["total"]
+    assert sum(row["self"] for row in rows.values()) == pytest.approx(outermost)
+    assert rows["solve"]["share"] + rows["prepare"]["share"] == pytest.approx(1)
+    assert rows["sub-step"]["mean"] == pytest.approx(rows["sub-step"]["total"] / 2)
+    assert all(0 <= row["self"] <= row["total"] for row in rows.values())
+    assert evaluation["kernels"]["count"] > 50
+    printed = capsys.readouterr().out
+    assert "evaluation          2" in printed
+    assert "one evaluation:" in printed
+
+
+def test_the_cost_of_a_range(tmp_path, monkeypatch, domain):
+    run(f"--overhead --rounds 2 --out {tmp_path / 'profile.json'}", monkeypatch)
+    (row,) = json.loads((tmp_path / "profile.json").read_text())["rows"]
+    assert row["ns"].keys() == {"off", "nvtx", "torch"}
+    assert domain.pushed
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    assert benchmark.overhead(calls=10)["nvtx"] is None
+
+
+def test_solves_for_nsight(monkeypatch, domain):
+    run("--nsight --nfe 2 --rounds 3", monkeypatch)
+    assert [stack for _, *stack in domain.pushed].count([("solve", 2)]) == 3
+
+
+def test_tables_of_the_document_are_those_of_the_code():
+    page = (Path(__file__).parents[1] / "docs/profiling.md").read_text()
+    rows = [f"| {name} | {text} |" for name, text in profiling.SPANS.items()]
+    assert "\n".join(rows) in page
+    assert benchmark.operations() in page
 
 
 @pytest.mark.gpu

@@ -1,0 +1,230 @@
+"""Where a solve's time goes, by torch.profiler: by ranges, then by kernels.
+
+    python -m benchmarks.profile --model f5_base --nfe 3 --device cpu --seconds 5
+
+    count, total, mean   of each range (`imf_kernels.profiling.SPANS`), on the host
+    share                of the outermost ranges' time
+    self                 without the ranges inside it
+    device               of the kernels launched within, and of those outside of ranges inside it
+
+On a GPU the eager solve is followed by the same request to a `GraphSampler`. Then comes what one
+evaluation launches; on the CPU, which has no kernels, its operations.
+
+`--nsight` does the same solves without torch.profiler, for nsys and ncu to look at; `--overhead`
+measures what a range itself costs beside an evaluation; `--operations` prints the table of
+docs/profiling.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import timeit
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import count, report
+from benchmarks.evaluation import kernels
+from benchmarks.timing import Run, interleaved, synchronize
+from benchmarks.workload import PROMPT_SECONDS, SIZES, build, request
+from imf_kernels import profiling, sampler
+from imf_kernels.graphs import GraphSampler
+
+NAMES = {f"{profiling.DOMAIN}::{name}": name for name in profiling.SPANS}
+
+
+def ranges(run: Run, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """What is known of each range in `rounds` calls, times in milliseconds of one call."""
+    run()
+    synchronize(device)
+    cuda = device.type == "cuda"
+    profiling.enable("torch")
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as trace:
+        for _ in range(rounds):
+            run()
+        synchronize(device)
+    profiling.disable()
+    rows = {name: dict.fromkeys(("count", *TIMES), 0.0) for name in profiling.SPANS}
+    whole = 0.0
+    for event in trace.events():
+        if event.name not in NAMES:
+            continue
+        host, on_device = event.cpu_time_total / 1e3, event.device_time_total / 1e3
+        within = event.cpu_parent
+        while within is not None and within.name not in NAMES:
+            within = within.cpu_parent
+        row = rows[NAMES[event.name]]
+        row["count"] += 1
+        for key, ms in zip(TIMES, (host, host, on_device, on_device), strict=True):
+            row[key] += ms
+        if within is None:
+            whole += host
+        else:
+            outer = rows[NAMES[within.name]]
+            outer["self"] -= host
+            outer["device self"] -= on_device
+    return [
+        {
+            "range": name,
+            "count": int(row["count"]) / rounds,
+            **{key: row[key] / rounds for key in TIMES},
+            "mean": row["total"] / row["count"],
+            "share": row["total"] / whole,
+        }
+        for name, row in rows.items()
+        if row["count"]
+    ]
+
+
+TIMES = ("total", "self", "device", "device self")
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> str:
+    lines = [
+        f"{title} (milliseconds of one call)",
+        f"{'range':<14}{'count':>7}{'total':>10}{'mean':>10}{'share':>8}{'self':>10}"
+        f"{'device':>10}{'self':>10}",
+    ]
+    lines += [
+        f"{row['range']:<14}{row['count']:>7g}{row['total']:>10.3f}{row['mean']:>10.3f}"
+        f"{row['share']:>8.1%}{row['self']:>10.3f}{row['device']:>10.3f}{row['device self']:>10.3f}"
+        for row in rows
+    ]
+    return "\n".join([*lines, ""])
+
+
+def launched(found: dict[str, Any]) -> str:
+    lines = [f"one evaluation: {found['count']} launches, {found['copies']} copies"]
+    lines += [f"{'count':>7}{'us':>10}{'share':>8}  name"]
+    lines += [
+        f"{row['count']:>7}{row['us']:>10.0f}{row['share']:>8.1%}  {row['name'][:70]}"
+        for row in found["top"]
+    ]
+    return "\n".join([*lines, ""])
+
+
+def overhead(calls: int = 20_000) -> dict[str, float | None]:
+    """Nanoseconds that a range costs: off, and on without a tool or a profiler that listens.
+
+    None where the package `nvtx` is missing. Ranges are off afterwards.
+    """
+    costs: dict[str, float | None] = {}
+    empty = _nanoseconds("pass", calls)
+    for to in ("off", "nvtx", "torch"):
+        profiling.disable()
+        try:
+            if to != "off":
+                profiling.enable(to)
+            costs[to] = _nanoseconds("with span('evaluation'): pass", calls) - empty
+        except ImportError:
+            costs[to] = None
+    profiling.disable()
+    return costs
+
+
+def _nanoseconds(statement: str, calls: int) -> float:
+    names = {"span": profiling.span}
+    return 1e9 * min(timeit.repeat(statement, globals=names, repeat=7, number=calls)) / calls
+
+
+def overhead_line(row: dict[str, Any]) -> str:
+    costs = ", ".join(
+        f"{to} {'not installed' if ns is None else f'{ns:.0f} ns'}" for to, ns in row["ns"].items()
+    )
+    return (
+        f"a range: {costs}; an evaluation: {row['evaluation_ms']:.3f} ms, "
+        f"{row['share_off']:.1e} of it for the two ranges of a step while they are off\n"
+    )
+
+
+def operations() -> str:
+    """Markdown: what one unguided evaluation from step tables dispatches, at the public depths."""
+    found = {
+        "DiT (22 blocks)": count.ours("f5_v1", False, count.FRAMES, dim=64, heads=1, depth=22),
+        "CausalUNet": count.ours("cosyvoice2", False, count.FRAMES, depth=4),
+    }
+    names = {name: None for each in found.values() for name, _ in each.by_name.most_common()}
+    lines = [f"| operation | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|"]
+    for name in names:
+        cells = " | ".join(str(each.by_name[name] or "") for each in found.values())
+        lines.append(f"| `{name.rpartition('.')[0]}` | {cells} |")
+    cells = " | ".join(str(each.operations) for each in found.values())
+    return "\n".join([*lines, f"| all | {cells} |"])
+
+
+def parser() -> argparse.ArgumentParser:
+    found = report.parser(__doc__, rounds=3)
+    found.set_defaults(dtype=None)
+    found.add_argument("--model", default="f5_base", choices=tuple(SIZES))
+    found.add_argument("--nfe", type=int, default=3)
+    found.add_argument("--seconds", type=float, default=5.0, help="generated")
+    found.add_argument("--prompt", type=float, default=PROMPT_SECONDS, help="seconds before them")
+    found.add_argument(
+        "--guidance", type=float, nargs="?", const=2.0, help="w, without a number 2: a teacher"
+    )
+    found.add_argument("--nsight", action="store_true", help="only solve, with NVTX ranges")
+    found.add_argument("--overhead", action="store_true", help="only the cost of a range")
+    found.add_argument("--operations", action="store_true", help="only that table")
+    return found
+
+
+def main() -> int:
+    args = parser().parse_args()
+    if args.operations:
+        print(operations())
+        return 0
+    device = torch.device(args.device)
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    found = report.Report("profile", args)
+    with torch.no_grad():
+        model, rate = build(args.model, device, getattr(torch, args.dtype))
+        prompt = round(args.prompt * rate)
+        frames = prompt + round(args.seconds * rate)
+        noise, given = request(model, 1, frames, prompt)
+        cond = model.prepare(**given, guided=args.guidance is not None)
+        grid = torch.tensor([0.0, 1.0], device=device)
+        modulation = model.tables(grid[:1], grid[1:]).at(0)
+
+        def evaluate() -> Any:
+            return model.evaluate(noise, modulation, cond)
+
+        if args.overhead:
+            ms = interleaved({"one": evaluate}, device, args.rounds, warm_ups=1)["one"].median
+            ns = overhead()
+            share = 2e-6 * (ns["off"] or 0.0) / ms
+            row = {"what": "overhead", "ns": ns, "evaluation_ms": ms, "share_off": share}
+            found.add(row, overhead_line(row))
+            return found.finish()
+
+        def eager() -> Any:
+            fresh = model.prepare(**given, guided=args.guidance is not None)
+            return sampler.sample(model, noise, fresh, nfe=args.nfe, guidance=args.guidance)
+
+        solves: dict[str, Callable[[], Any]] = {"eager": eager}
+        if device.type == "cuda":
+            graphs = GraphSampler(model, args.nfe, [(1, frames)], args.guidance)
+            graphs.warm_up()
+            solves["graphs"] = lambda: graphs.sample(noise, conditions=given)
+        if args.nsight:
+            eager()
+            profiling.enable("nvtx")
+            for solve in solves.values():
+                for _ in range(args.rounds):
+                    solve()
+                synchronize(device)
+            return 0
+
+        for name, solve in solves.items():
+            title = f"{args.model}, {frames} frames, NFE {args.nfe}, {name}"
+            rows = ranges(solve, device, args.rounds)
+            found.add({"what": name, "frames": frames, "ranges": rows}, table(title, rows))
+        seen = kernels(evaluate, device, most=20)
+        found.add({"what": "evaluation", "frames": frames, "kernels": seen}, launched(seen))
+    return found.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
