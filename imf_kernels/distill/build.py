@@ -70,6 +70,7 @@ def build(config: Config) -> Run:
     accelerator = connect(settings.timeout)
     device = accelerator.device
     model = teacher_model(config.model)
+    torch.manual_seed(settings.seed)  # for weights that begin at random
     student = student_of(config.model, model).to(device)
     teacher = _teacher(config, model, device)
     target, rest, path = config.named_class("objective")
