@@ -16,6 +16,7 @@ from tests.distill.ranks import launch
 from tests.distill.tools import (
     Records,
     batches,
+    close,
     objective,
     read,
     real_batches,
@@ -38,14 +39,6 @@ def train(rank, folder, ranks=2, **options):
     records = Records()
     dit_run(folder, rank, ranks, callbacks=[records], **options).run()
     return [{k: v for k, v in r.items() if k != "seconds"} for r in records.records]
-
-
-def close(one, other, rtol=1e-5):
-    """Relative, over all weights: a weight of Adam's whose gradient is rounding is nobody's."""
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        error = float((value - other[name]).norm() / other[name].norm().clamp(min=1e-3))
-        assert error < rtol, f"{name}: {error}"
 
 
 @pytest.mark.parametrize(

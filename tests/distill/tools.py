@@ -80,6 +80,14 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def close(one, other, rtol=1e-5):
+    """Relative, over all weights: a weight of Adam's whose gradient is rounding is nobody's."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        error = float((value - other[name]).norm() / other[name].norm().clamp(min=1e-3))
+        assert error < rtol, f"{name}: {error}"
+
+
 def saved(folder: Path) -> list[str]:
     """Everything in the folder of checkpoints, hidden or not."""
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
