@@ -51,6 +51,10 @@ class Progress:
         )
         self.bar.start()
 
+    def begun(self, trainer: Any, record: Mapping[str, float]) -> None:
+        if _first(trainer) and worth_telling(trainer, record):
+            print(f"0/{trainer.settings.updates}  {told(record)}", flush=True)
+
     def updated(self, trainer: Any, record: Mapping[str, float]) -> None:
         if not _first(trainer):
             return
@@ -87,9 +91,13 @@ class JsonLines:
         path = self._path(trainer)
         with self._spared(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [record for record in read(path) if record["update"] <= trainer.update]
+            held = read(path) if trainer.update > 0 else []
+            kept = [record for record in held if record["update"] <= trainer.update]
             with replacing(path) as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+    def begun(self, trainer: Any, record: Mapping[str, float]) -> None:
+        self.updated(trainer, record)
 
     def updated(self, trainer: Any, record: Mapping[str, float]) -> None:
         if not (_first(trainer) and worth_telling(trainer, record)):
@@ -124,7 +132,11 @@ class TensorBoard:
 
         path = self._path(trainer)
         with self._spared(path):
-            self.writer = SummaryWriter(str(path), purge_step=trainer.update + 1)
+            beyond = trainer.update + 1 if trainer.update > 0 else 0
+            self.writer = SummaryWriter(str(path), purge_step=beyond)
+
+    def begun(self, trainer: Any, record: Mapping[str, float]) -> None:
+        self.updated(trainer, record)
 
     def updated(self, trainer: Any, record: Mapping[str, float]) -> None:
         if self.writer is None or not worth_telling(trainer, record):
@@ -177,7 +189,7 @@ class _Spared:
 def worth_telling(trainer: Any, record: Mapping[str, float]) -> bool:
     update = int(record["update"])
     return (
-        update % trainer.settings.log_every == 0
+        (update > 0 and update % trainer.settings.log_every == 0)
         or update == trainer.settings.updates
         or bool(record.get("skipped", 0))
         or any("/" in name for name in record)
@@ -186,7 +198,10 @@ def worth_telling(trainer: Any, record: Mapping[str, float]) -> bool:
 
 def told(record: Mapping[str, float]) -> str:
     """A record in a line."""
-    parts = [f"loss {record['loss']:.4g}", f"norm {record['norm']:.3g}", f"lr {record['lr']:.2e}"]
+    parts = []
+    if "loss" in record:  # not before the first update
+        parts += [f"loss {record['loss']:.4g}", f"norm {record['norm']:.3g}"]
+        parts += [f"lr {record['lr']:.2e}"]
     if record.get("seconds"):
         parts.append(f"{record['frames'] / record['seconds']:,.0f} frames/s")
     parts += [f"{name} {value:.4g}" for name, value in record.items() if name.startswith("val/")]

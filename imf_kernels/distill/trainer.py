@@ -51,6 +51,7 @@ class Trainer:
 
     Callbacks are objects with any of these methods, called on every rank:
         started(trainer): before the first update of this process, what was saved loaded.
+        begun(trainer, record): thereafter, if the run has no update yet; `record` holds update: 0.
         updated(trainer, record): after every update. `record` holds floats: update, loss, norm, lr,
             seconds, frames (of all ranks), skipped (1 for a bad update), the means over batches and
             ranks of the objective's scalars (of those that are not NaN), and where it tells of its
@@ -130,6 +131,8 @@ class Trainer:
             signals = within.enter_context(stops.Signals())
             self._state.load_newest(self.folder / CHECKPOINTS)
             self._call("started")
+            if self.update == 0:
+                self._call("begun", {"update": 0})
             self._train(signals)
             self._call("ended")
             if self._state.ema is not None:

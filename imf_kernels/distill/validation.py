@@ -20,8 +20,8 @@ from imf_kernels.objectives.batch import Batch
 class Validation:
     """RMSE to the teacher's fine solve from the same noise, over the frames that are generated.
 
-    A callback of the `Trainer`: every `every` updates, and after the last, it puts "val/nfe1", ...
-    into the record, for the loggers behind it. The ranks share the batches.
+    A callback of the `Trainer`: before the first update, every `every` updates, and after the last,
+    it puts "val/nfe1", ... into the record, for the loggers behind it. The ranks share the batches.
     `folder/validation.json` holds all of them, and the best of each; a run that resumes drops what
     lies beyond its start.
 
@@ -58,16 +58,22 @@ class Validation:
 
     def started(self, trainer: Any) -> None:
         path = self._path(trainer)
-        held = json.loads(path.read_text())["history"] if path.exists() else []
+        goes_on = trainer.update > 0 and path.exists()
+        held = json.loads(path.read_text())["history"] if goes_on else []
         self.history = [entry for entry in held if entry["update"] <= trainer.update]
 
+    def begun(self, trainer: Any, record: dict[str, float]) -> None:
+        """The untrained student: what the others are to be better than."""
+        self._tell(trainer, record)
+
     def updated(self, trainer: Any, record: dict[str, float]) -> None:
-        update = trainer.update
-        if update % self.every and update != trainer.settings.updates:
-            return
+        if trainer.update % self.every == 0 or trainer.update == trainer.settings.updates:
+            self._tell(trainer, record)
+
+    def _tell(self, trainer: Any, record: dict[str, float]) -> None:
         found = self(trainer)
         record.update(found)
-        self.history.append({"update": update, **found})
+        self.history.append({"update": trainer.update, **found})
         if trainer.accelerator.is_main_process:
             said = {"best": self.best, "history": self.history}
             with replacing(self._path(trainer)) as temporary:

@@ -42,6 +42,23 @@ def test_a_log_that_was_cut_off_goes_on_on_a_line_of_its_own(tmp_path):
     assert [r["update"] for r in read(tmp_path / "log.jsonl")] == [2, 4]
 
 
+def begun(callback, trainer):
+    callback.started(trainer)
+    callback.begun(trainer, {"update": 0, "val/nfe1": 0.5})
+    trainer.update = 2
+    callback.updated(trainer, record(2))
+
+
+def test_what_is_told_before_the_first_update(tmp_path, capsys):
+    for _ in range(2):  # the second begins anew
+        begun(JsonLines(), fake_trainer(tmp_path))
+        assert read(tmp_path / "log.jsonl") == [{"update": 0, "val/nfe1": 0.5}, record(2)]
+    begun(Progress(), fake_trainer(tmp_path))
+    assert capsys.readouterr().out.startswith("0/10  val/nfe1 0.5\n2/10  loss 1.5")
+    JsonLines().begun(fake_trainer(tmp_path), {"update": 0})
+    assert len(read(tmp_path / "log.jsonl")) == 2, "nothing is no line"
+
+
 def test_other_ranks_write_nothing(tmp_path, capsys):
     trainer = fake_trainer(tmp_path, rank=1, ranks=2)
     for callback in (Progress(), JsonLines(), TensorBoard()):
@@ -79,6 +96,10 @@ def test_tensorboard_curves(tmp_path):
 
     written(TensorBoard(), fake_trainer(tmp_path), range(1, 9), u4={"val/nfe1": 0.5})
     written(TensorBoard(), fake_trainer(tmp_path, update=4), range(5, 7), u6={"loss": 0.25})
+    begun(TensorBoard(), fake_trainer(tmp_path / "anew"))
+    begun(TensorBoard(), fake_trainer(tmp_path / "anew"))
+    events = EventAccumulator(str(tmp_path / "anew/tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("val/nfe1")] == [0]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("val/nfe1")] == [4]
     curve = [(e.step, e.value) for e in events.Scalars("train/loss")]

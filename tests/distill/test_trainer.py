@@ -44,7 +44,7 @@ def test_callbacks_and_records(tmp_path):
     run = trainer(tmp_path, 5, save_every=2, warmup=2, accumulate=3, callbacks=[object(), records])
     run.run()
     saves = [("saved", f"step_{update:08d}") for update in (2, 4, 5)]
-    assert records.told == [("started", 0), *saves, ("ended", 5)]
+    assert records.told == [("started", 0), ("begun", 0), *saves, ("ended", 5)]
     assert [record["update"] for record in records.records] == [1, 2, 3, 4, 5]
     assert [r["lr"] for r in records.records] == [0.01 * schedule(k, 5, 2) for k in range(5)]
     for record in records.records:

@@ -73,6 +73,20 @@ def test_only_when_due_and_at_the_end(tmp_path):
     assert [update for update in told if "val/nfe1" in told[update]] == [3, 6, 7]
 
 
+def test_the_untrained_student_comes_first(tmp_path):
+    validation = Validation(held_out := batches(1), fine := solves(tmp_path), every=3, nfe=(1,))
+    for _ in range(2):  # the second begins anew: the first was killed before it saved anything
+        trainer, told = fake_trainer(tmp_path, Line(3.0).train()), {"update": 0}
+        validation.started(trainer)
+        validation.begun(trainer, told)
+        trainer.update = 3
+        validation.updated(trainer, record(3))
+        history = json.loads((tmp_path / "validation.json").read_text())["history"]
+        assert [entry["update"] for entry in history] == [0, 3]
+        assert history[0] == told
+        assert told["val/nfe1"] == pytest.approx(reference(fine, held_out, 3.0, 1))
+
+
 def test_the_best_is_kept_and_a_resumed_run_tells_one_story(tmp_path):
     validation = Validation(batches(1), solves(tmp_path), every=1, nfe=(1,))
 

@@ -106,6 +106,9 @@ class Records:
     def started(self, trainer):
         self.told.append(("started", trainer.update))
 
+    def begun(self, trainer, record):
+        self.told.append(("begun", record["update"]))
+
     def updated(self, trainer, record):
         assert record["update"] == trainer.update
         self.records.append(record)
