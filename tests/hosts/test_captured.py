@@ -59,6 +59,18 @@ def test_f5(taped, variant, distilled):
         graphs.warm_up()
 
 
+def test_f5_told_its_guidance(taped):
+    host = F5TTS(small_model("f5_v1")).student((1.0, 4.0), nfe=3).eval()
+    torch.nn.init.normal_(host.transformer.guidance_embed.mlp[2].weight, std=0.1)
+    requests = [given := request() | {"cfg_strength": 0.0}, given | {"cfg_strength": 2.0}]
+    wants = [host.sample(**one)[0] for one in requests]
+    assert relative_rms(*wants) > 1e-3
+    graphs = host.capture(buckets=BUCKETS)
+    for one, want in zip(requests, wants, strict=True):
+        assert relative_rms(host.sample(**one)[0], want) <= 1e-5
+    assert graphs.stats().hits == 2
+
+
 @pytest.mark.parametrize("family", ["dit", "unet"])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_cosyvoice(taped, family, distilled):

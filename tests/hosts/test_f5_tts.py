@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from imf_kernels import IntMeanFlow, Teacher, grids
+from imf_kernels import IntMeanFlow, Teacher, grids, sampler
 from imf_kernels.hosts.f5_tts import (
     F5TTS,
     from_checkpoint,
@@ -428,6 +428,8 @@ def test_wrong_options_are_named(options, message):
 def test_a_students_guidance_is_a_number():
     with pytest.raises(ValueError, match="guidance: expected a finite number, got nan"):
         host().student(nan)
+    with pytest.raises(ValueError, match="guidance: expected least <= greatest"):
+        host().student((3.0, 1.0))
 
 
 @pytest.mark.parametrize("other", [nn.Linear(1, 1), None, {"transformer": 1}])
@@ -574,6 +576,34 @@ def test_distillation_trains_estimator_and_mixer_only(variant):
     assert not student.transformer.text_embed.training
     assert student.transformer.transformer_blocks.training
     assert not teacher.training
+
+
+def told_its_guidance(**options):
+    """Whose embedding of w is not 0 any more."""
+    student = distilling(guidance=(1.0, 4.0), **options).eval()
+    embedding = student.transformer.guidance_embed.mlp[2].weight
+    nn.init.normal_(embedding, std=0.1, generator=seeded(0))
+    return student
+
+
+def test_a_student_that_is_told_its_guidance(tmp_path):
+    """Trains on a range of w, and speaks with the client's `cfg_strength`."""
+    student = told_its_guidance(nfe=2)
+    assert student.objective.guidance == (1.0, 4.0)
+    student.train()(**mels())[0].backward()
+    assert student.transformer.guidance_embed.mlp[2].weight.grad.abs().max() > 0
+
+    given = request() | {"seed": 0}
+    save_student(student.transformer, path := tmp_path / "student.pt", grid=student.grid)
+    for host in (student.eval(), from_student(path)):
+        prompt = nn.functional.pad(given["cond"], (0, 0, 0, 21))
+        for strength in (0.5, 2.0):
+            cond = host.transformer.prepare(prompt, text=given["text"], guidance=1 + strength)
+            noise = torch.randn(1, 30, CHANNELS, generator=seeded(0))
+            want = sampler.sample(host.transformer, noise, cond, nfe=2)
+            assert torch.equal(host.sample(**given, cfg_strength=strength)[1][0], want)
+    weak, strong = (student.sample(**given, cfg_strength=s)[0] for s in (0.5, 2.0))
+    assert relative_rms(weak, strong) > 1e-3
 
 
 def test_an_update_reads_the_text_once(monkeypatch):

@@ -48,7 +48,7 @@ class F5TTS(nn.Module):
         prompt_drop_prob: Of distillation: how often a row drops its prompt audio, for teacher and
             student alike. Text is never dropped there.
         grid: Times, or with `nfe` a name ("uniform" if left out), that every `sample` takes.
-        guidance: The w that is distilled into the model.
+        guidance: The w that is distilled into the model, if it is one.
         upstream_padding: F5's own padded batches, in which rows depend on the longest; for
             comparisons.
 
@@ -119,9 +119,9 @@ class F5TTS(nn.Module):
 
     def student(
         self,
-        guidance: float = 3.0,
+        guidance: float | tuple[float, float] = 3.0,
         *,
-        objective: Callable[[Teacher], Objective] = IntMeanFlow,
+        objective: Callable[..., Objective] = IntMeanFlow,
         grid: str | Tensor | Sequence[float] | None = None,
         nfe: int | None = None,
         diagonal: float = 1.0,
@@ -132,23 +132,29 @@ class F5TTS(nn.Module):
         put in `eval()`, evaluated in its own dtype, and not to be changed meanwhile.
 
         Args:
-            guidance: w of the teacher; 3 is the client's `cfg_strength` 2.
-            objective: Made with the teacher: `functools.partial(IntMeanFlow, nfe=8)`.
+            guidance: w of the teacher; 3 is the client's `cfg_strength` 2. Or `(least, greatest)`,
+                between which each row's is drawn: the student is told it, and then speaks with the
+                `cfg_strength` of every `sample`.
+            objective: Made with the teacher: `functools.partial(IntMeanFlow, nfe=8)`; with a range
+                it is given that too, as `guidance`.
             grid, nfe: The student's own schedule, see `F5TTS`.
             diagonal: D of the mixer's initial `[D 0]`.
         """
+        w, drawn = None, {"guidance": guidance}
+        if not isinstance(guidance, tuple | list):
+            w, drawn = guidance, {}
         return F5TTS(
-            self.transformer.student(diagonal),
+            self.transformer.student(diagonal, guidance=bool(drawn)),
             mel_spec=self.mel_spec,
             vocab_char_map=self.vocab_char_map,
-            objective=objective(Teacher(self.transformer, guidance)),
+            objective=objective(Teacher(self.transformer, w), **drawn),
             frac_lengths_mask=self.frac_lengths_mask,
             audio_drop_prob=self.audio_drop_prob,
             cond_drop_prob=self.cond_drop_prob,
             prompt_drop_prob=self.prompt_drop_prob,
             grid=grid,
             nfe=nfe,
-            guidance=guidance,
+            guidance=w,
         ).freeze()
 
     def freeze(self) -> Self:
