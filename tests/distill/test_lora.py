@@ -1,12 +1,21 @@
 import copy
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from imf_kernels import Batch, IntMeanFlow, Teacher, sampler
 from imf_kernels.distill.lora import TARGETS, adapters, add_lora, merge_lora
-from imf_kernels.models import TimeEmbedMixer, load_student, save_student
+from imf_kernels.models import (
+    CausalUNet,
+    CausalUNetConfig,
+    TimeEmbedMixer,
+    load_student,
+    save_student,
+)
 from imf_kernels.models.linears import FusedLinears
 from tests.hosts.cosyvoice_host import small
 from tests.models.tools import conditions, small_model
@@ -76,6 +85,51 @@ def test_all_adapters_learn_and_the_base_stays(teacher, fuse):
             assert torch.equal(value, original[name.replace(".base_layer", "")]), name
     moved = student.state_dict()["time_embed_mixer.weight"]
     assert not torch.equal(moved, original["time_embed_mixer.weight"])
+
+
+class Held(TorchDispatchMode):
+    """The most bytes within that lay in storages made since, and not freed yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = {self._address(tensor) for tensor in tree_leaves((args, kwargs))}
+        for tensor in tree_leaves(made):
+            address = self._address(tensor)
+            if address is not None and address not in given | self.alive.keys():
+                storage = tensor.untyped_storage()
+                self.alive[address] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, address)
+                self.most = max(self.most, sum(self.alive.values()))
+        return made
+
+    def _address(self, tensor):
+        return tensor.untyped_storage()._cdata if isinstance(tensor, torch.Tensor) else None
+
+
+@pytest.mark.parametrize("name", ["f5_v1", "cosyvoice2"])
+def test_recomputed_activations_are_not_held(name):
+    """Though the inputs of the blocks need no gradient but through their modulation."""
+    model = small_model("f5_v1", depth=8)
+    if name == "cosyvoice2":
+        sizes = {"dim": 32, "mid_blocks": 6, "depth": 1, "heads": 2, "head_dim": 16, "time_dim": 48}
+        model = CausalUNet(CausalUNetConfig(**sizes))
+    given = conditions(model, [120, 120])
+    x, t, r = torch.randn_like(given["prompt"]), torch.tensor([0.1, 0.3]), torch.tensor([0.8, 0.4])
+    held, gradients = [], []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        student = add_lora(model.student(), 4)
+        student.checkpoint_activations = checkpointed
+        with Held() as counted:
+            student(x, t, r, student.prepare(**given)).square().mean().backward()
+        held.append(counted.most)
+        gradients.append({n: p.grad for n, p in student.named_parameters() if p.requires_grad})
+    assert held[1] < 0.5 * held[0]
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_every_adapter_counts_with_and_without_gradients(teacher):
