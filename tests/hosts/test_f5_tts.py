@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from imf_kernels import IntMeanFlow, Teacher, grids, sampler
+from imf_kernels.data import Mel
 from imf_kernels.hosts.f5_tts import (
     F5TTS,
     from_checkpoint,
@@ -340,6 +341,22 @@ def test_duplicate_test_from_the_start_is_a_plain_sample(epss):
 def test_seeds_of_any_integer(seed):
     model, given = host(), request() | {"steps": 1}
     assert torch.equal(model.sample(**given, seed=seed)[0], model.sample(**given, seed=3)[0])
+
+
+def test_waves_through_a_callable_of_ones_own():
+    mel = Mel("vocos", n_fft=256, hop=64, channels=CHANNELS)
+    model = host(mel_spec=lambda waves: torch.stack([mel(wave) for wave in waves]).mT)
+    waves, given = torch.randn(2, 640), batch(request(), request(seed=1)) | {"lens": None}
+    cond = torch.stack([mel(wave) for wave in waves])
+    got, _ = model.sample(**given | {"cond": waves}, steps=1, seed=0)
+    assert torch.equal(got, model.sample(**given | {"cond": cond}, steps=1, seed=0)[0])
+
+    model.mel_spec = lambda waves: cond
+    expected = rf"mel_spec's mels of cond: expected shape \(2, {CHANNELS}, N\), got \(2, 11, 12\)"
+    with pytest.raises(ValueError, match=expected):
+        model.sample(**given | {"cond": waves}, steps=1)
+    with pytest.raises(TypeError, match="mel_spec: expected a callable of waves, got 'vocos'"):
+        host(mel_spec="vocos")
 
 
 def test_waves_and_a_vocoder():

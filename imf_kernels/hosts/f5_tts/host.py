@@ -38,7 +38,9 @@ class F5TTS(nn.Module):
 
     Args:
         model: The DiT, of an F5 variant.
-        mel_spec: Waves `(B, samples)` to mels `(B, C, N)`, as F5's `MelSpec`; for waves only.
+        mel_spec: Any callable of waves `(B, samples)`, on the model's device and at its rate, to
+            mels `(B, C, N)`: F5's `MelSpec`, or of a `data.Mel` the function `lambda waves:
+            torch.stack([mel(wave) for wave in waves]).mT`. None: mels only.
         vocab_char_map: Ids of the tokens that texts are made of; None: texts are UTF-8 bytes, for
             a model of 256 ids.
         objective: Makes `forward` a distillation loss: `loss, info = objective(student, Batch)`.
@@ -84,6 +86,8 @@ class F5TTS(nn.Module):
         ):
             checks.number(name, share, 0, 1)
         collate.check_shares("frac_lengths_mask", frac_lengths_mask)
+        if mel_spec is not None and not callable(mel_spec):
+            raise TypeError(f"mel_spec: expected a callable of waves, got {mel_spec!r}")
         if guidance is not None:
             checks.number("guidance", guidance)
         self.transformer = model
@@ -440,7 +444,9 @@ class F5TTS(nn.Module):
         if isinstance(given, Tensor) and given.ndim == 2:
             if self.mel_spec is None:
                 raise ValueError(f"{name}: expected mels (B, N, C) without a mel_spec, got waves")
-            given = self.mel_spec(given.to(self.device)).mT
+            made = self.mel_spec(given.to(self.device))
+            checks.shape(f"mel_spec's mels of {name}", made, len(given), self.num_channels, "N")
+            given = made.mT
         checks.shape(name, given, "B", "N", self.num_channels)
         if not len(given):
             raise ValueError(f"{name}: expected at least one row, got {tuple(given.shape)}")
