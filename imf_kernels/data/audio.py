@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-def samples(path: Path, rate: int) -> int:
-    """How many `read` returns, by the file's header alone.
+def header(path: Path) -> tuple[int, int]:
+    """A file's samples, and their rate.
 
     Raises:
         FileNotFoundError, ValueError: naming the file.
@@ -19,10 +19,15 @@ def samples(path: Path, rate: int) -> int:
 
     _expect(path)
     try:
-        header = soundfile.info(path)
+        found = soundfile.info(path)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path}: expected audio that libsndfile reads: {error}") from error
-    return (2 * header.frames * rate + header.samplerate) // (2 * header.samplerate)
+    return found.frames, found.samplerate
+
+
+def resampled(samples: Tensor, given: Tensor, rate: int) -> Tensor:
+    """How many `read` returns of files of so many samples at rates `given`; integers."""
+    return (2 * samples * rate + given) // (2 * given)
 
 
 def read(name: str, source: Path | bytes, rate: int) -> Tensor:

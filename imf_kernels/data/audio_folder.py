@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from imf_kernels.data import audio, mels
+from imf_kernels.data.kept import kept
 from imf_kernels.data.texts import Tokenizer
 from imf_kernels.data.utterances import Utterance, fitted, within
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 METADATA = "metadata.csv"
+LENGTHS = ".lengths.json"
 THREADS = 16
 
 
@@ -24,7 +26,8 @@ class AudioFolder:
     With a `metadata.csv` in the folder they are those of its rows, as LJSpeech has them:
     `name|text`, or `name|text|normalised text`, of which the last counts; a name is a path, seen
     from the folder or its `wavs/`, with or without its suffix. Otherwise they are all that there
-    are, and the transcript of `a/b.wav` is `a/b.txt`. Lengths are read from headers, once.
+    are, and the transcript of `a/b.wav` is `a/b.txt`. Lengths are read from headers, and kept in
+    the folder's `.lengths.json` until a file changes.
 
     Args:
         mel: A `Mel`, or the name of one.
@@ -58,13 +61,13 @@ class AudioFolder:
         if not said:
             raise ValueError(f"folder: expected audio ({', '.join(SUFFIXES)}) in {folder}")
         rate = self.mel.rate
-        with ThreadPoolExecutor(THREADS) as pool:  # of which most wait for disks
-            paths = (self.folder / name for name, _ in said)
-            counts = torch.tensor(list(pool.map(partial(audio.samples, rate=rate), paths)))
-        kept, self.left_out = within(counts.double() / rate, min_seconds, max_seconds)
-        self.frames = self.mel.frames_of(counts[kept])
-        self.names = [said[i][0] for i in kept.tolist()]
-        self._texts = [said[i][1] for i in kept.tolist()]
+        headers = kept(self.folder / LENGTHS, [name for name, _ in said], self._headers)
+        samples, given = torch.tensor(headers).unbind(1)
+        counts = audio.resampled(samples, given, rate)
+        fit, self.left_out = within(counts.double() / rate, min_seconds, max_seconds)
+        self.frames = self.mel.frames_of(counts[fit])
+        self.names = [said[i][0] for i in fit.tolist()]
+        self._texts = [said[i][1] for i in fit.tolist()]
         if self.tokenizer is not None:
             self.tokenizer.check(self._texts)
 
@@ -79,6 +82,10 @@ class AudioFolder:
         if self.tokenizer is not None:
             features["text"] = self.tokenizer(self._texts[index])
         return Utterance(name, fitted(str(path), mel, int(self.frames[index])), features)
+
+    def _headers(self, names: list[str]) -> list[tuple[int, int]]:
+        with ThreadPoolExecutor(THREADS) as pool:  # of which most wait for disks
+            return list(pool.map(audio.header, (self.folder / name for name in names)))
 
     def _listed(self) -> Iterator[tuple[str, str]]:
         table = self.folder / METADATA
@@ -102,13 +109,21 @@ class AudioFolder:
             yield name, texts[-1].strip()
 
     def _found(self) -> Iterator[tuple[str, str]]:
-        for path in sorted(self.folder.rglob("*")):
-            if path.suffix.lower() in SUFFIXES:
-                transcript, text = path.with_suffix(".txt"), ""
-                if self.tokenizer is not None:
-                    if not transcript.is_file():
-                        raise FileNotFoundError(
-                            f"{path}: expected {transcript.name} beside it, or a {METADATA}"
-                        )
-                    text = transcript.read_text(encoding="utf-8").strip()
-                yield path.relative_to(self.folder).as_posix(), text
+        found = []
+        for folder, _, files in os.walk(self.folder):
+            inside = Path(folder).relative_to(self.folder).parts
+            found += [(*inside, name) for name in files if name.lower().endswith(SUFFIXES)]
+        for parts in sorted(found):
+            name = "/".join(parts)
+            yield name, "" if self.tokenizer is None else self._beside(name)
+
+    def _beside(self, name: str) -> str:
+        transcript = os.path.join(self.folder, os.path.splitext(name)[0] + ".txt")
+        try:
+            with open(transcript, encoding="utf-8") as file:
+                return file.read().strip()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self.folder / name}: expected {os.path.basename(transcript)} beside it, or a "
+                f"{METADATA}"
+            ) from error

@@ -14,6 +14,7 @@ import torch
 
 from imf_kernels import checks
 from imf_kernels.data import audio, mels
+from imf_kernels.data.kept import kept
 from imf_kernels.data.utterances import Utterance, fitted, located, within
 from imf_kernels.files import replacing
 
@@ -28,7 +29,8 @@ class CosyVoiceParquet:
 
     Tokens and mel are trimmed to each other: two frames a token. The features are "tokens" `(m,)`
     and "speaker" `(S,)`. A row costs the reading of its row group, which CosyVoice's own files have
-    but one of: `regroup` makes copies of them that are fit for random access.
+    but one of: `regroup` makes copies of them that are fit for random access. Names and lengths are
+    kept until a file changes, in the folder's `.lengths.json`, or a list's beside it.
 
     Args:
         source: A list of files, one a line (`data.list`); a folder of them (`*.parquet`, or
@@ -51,25 +53,22 @@ class CosyVoiceParquet:
         min_seconds: float = 1.0,
         max_seconds: float = 60.0,
     ) -> None:
-        import pyarrow.compute as pc
-
         checks.choice("embedding", embedding, ("utt", "spk"))
         self.mel, self.embedding = mels.of(mel), f"{embedding}_embedding"
         self._groups: list[tuple[Path, int]] = []
         sizes: list[int] = []
-        names, parts = [], []
-        for path in _files(Path(source)):
-            with _opened(path) as file:
-                missing = {*self._columns, "utt"} - set(file.schema_arrow.names)
-                if missing:
-                    raise ValueError(f"{path}: expected columns {sorted(missing)}, got none")
-                groups = range(file.num_row_groups)
-                self._groups += [(path, group) for group in groups]
-                sizes += [file.metadata.row_group(group).num_rows for group in groups]
-                table = file.read(["utt", "speech_token"])
-            names += table["utt"].to_pylist()
-            counts = pc.fill_null(pc.list_value_length(table["speech_token"]), 0)
-            parts.append(torch.tensor(counts.to_numpy()))
+        names: list[str] = []
+        counts: list[int] = []
+        paths = [path.absolute() for path in _files(Path(source))]
+        told = kept(_place(Path(source)), [str(path) for path in paths], _tables)
+        for path, table in zip(paths, told, strict=True):
+            missing = {*self._columns, "utt"} - set(table["columns"])
+            if missing:
+                raise ValueError(f"{path}: expected columns {sorted(missing)}, got none")
+            self._groups += [(path, group) for group in range(len(table["groups"]))]
+            sizes += table["groups"]
+            names += table["names"]
+            counts += table["tokens"]
         if max(sizes, default=0) > ROWS:
             warnings.warn(
                 f"source: row groups of up to {max(sizes)} rows in {source}, each of which is read "
@@ -78,7 +77,7 @@ class CosyVoiceParquet:
                 stacklevel=2,
             )
         self._ends = list(accumulate(sizes))
-        tokens = torch.cat(parts)
+        tokens = torch.tensor(counts)
         seconds = tokens.double() / TOKENS_PER_SECOND
         self._kept, self.left_out = within(seconds, min_seconds, max_seconds)
         self.frames = FRAMES_PER_TOKEN * tokens[self._kept]
@@ -135,6 +134,28 @@ def regroup(source: str | Path, folder: str | Path, *, rows: int = 8) -> Path:
     with replacing(folder / "data.list") as temporary:
         temporary.write_text("".join(copies), encoding="utf-8")
     return folder / "data.list"
+
+
+def _place(source: Path) -> Path:
+    return source / ".lengths.json" if source.is_dir() else source.with_suffix(".lengths.json")
+
+
+def _tables(paths: list[str]) -> list[dict[str, list[Any]]]:
+    """Of each file its columns, the rows of its groups, and the names and tokens of its rows."""
+    import pyarrow.compute as pc
+
+    made = []
+    for path in paths:
+        with _opened(Path(path)) as file:
+            columns, metadata = file.schema_arrow.names, file.metadata
+            groups = [metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
+            table = file.read([name for name in ("utt", "speech_token") if name in columns])
+        told = {"columns": columns, "groups": groups, "names": [], "tokens": []}
+        if {"utt", "speech_token"} <= set(columns):
+            counts = pc.fill_null(pc.list_value_length(table["speech_token"]), 0)
+            told |= {"names": table["utt"].to_pylist(), "tokens": counts.to_pylist()}
+        made.append(told)
+    return made
 
 
 @contextmanager

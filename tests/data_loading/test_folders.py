@@ -46,7 +46,8 @@ def same(one, other):
 def test_headers_tell_what_is_read(tmp_path, kind, rate):
     path = sounds.write(tmp_path / f"a.{kind}", 9001, rate, channels=2)
     wave = audio.read("a", path, 24000)
-    assert audio.samples(path, 24000) == len(wave) == round(9001 * 24000 / rate)
+    samples, given = torch.tensor(audio.header(path))
+    assert audio.resampled(samples, given, 24000) == len(wave) == round(9001 * 24000 / rate)
     inner = slice(len(wave) // 4, len(wave) // 2)
     tone = sounds.wave(len(wave))[inner, 0] / 2  # the mean with a silent channel
     np.testing.assert_allclose(wave[inner].numpy(), tone, atol=0.02)
