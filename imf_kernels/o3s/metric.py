@@ -43,6 +43,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def collect(self, value: T) -> list[T]:
+        """On rank 0 every rank's value, in the order of the ranks; elsewhere none."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size if self.rank == 0 else []
+        dist.gather_object(value, values or None, group=self.group, group_dst=0)
+        return values
+
     def each(self, function: Callable[[], T]) -> list[T]:
         """What every rank makes of its own function, in the order of the ranks.
 

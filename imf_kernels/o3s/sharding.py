@@ -38,9 +38,9 @@ def sharded(
     """A metric of grids over a list of items, of which every rank evaluates a share.
 
     Every rank of the group makes the metric and calls it with the same arguments. The items' values
-    are gathered in the order of the items and reduced in float64, by rank 0, which tells the
-    others: the result is the same to the bit on any number of ranks, if an item's value does not
-    depend on the items beside it.
+    go to rank 0, which reduces them in float64, in the order of the items, and tells the others the
+    result: the same to the bit on any number of ranks, if an item's value does not depend on the
+    items beside it.
 
     Args:
         evaluate: `evaluate(grid, items)` returns a value for each of this rank's items, in their
@@ -86,14 +86,22 @@ class Sharded:
 
     def __call__(self, grid: Tensor) -> float:
         self.ranks.same("grid", grid.tolist)
-        shares = self.ranks.each(lambda: (self.count, self.of_share(grid)))
-        counts = [count for count, _ in shares]
-        values = {index: value for _, share in shares for index, value in share.items()}
-        if len({*counts, len(values)}) > 1:
+        own: dict[int, Any] = {}
+
+        def evaluate() -> tuple[int, list[int]]:
+            own.update(self.of_share(grid))
+            return self.count, list(own)
+
+        dealt = self.ranks.each(evaluate)
+        counts = [count for count, _ in dealt]
+        indices = {index for _, share in dealt for index in share}
+        if len({*counts, len(indices)}) > 1:
             raise ValueError(
                 f"items: expected the same list and costs on every rank, got {counts} items "
-                f"and {len(values)} values"
+                f"and {len(indices)} values"
             )
+        shares = self.ranks.collect(own)  # values may be as large as mels
+        values = {index: value for share in shares for index, value in share.items()}
         return self.ranks.first(
             lambda: float(self.reduce([values[index] for index in range(self.count)]))
         )

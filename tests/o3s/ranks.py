@@ -1,6 +1,7 @@
 """What two processes run for test_ranks.py."""
 
 import gc
+from typing import ClassVar
 
 import pytest
 import torch
@@ -69,10 +70,33 @@ def work(rank, folder):
         resume=result if rank == 0 else None,  # rank 0's counts
     )
     assert again == result
+    check_that_values_go_to_one_rank(rank)
     check_groups(rank)
     gc.collect()  # whatever holds the process group
     dist.barrier()
     dist.destroy_process_group()
+
+
+def check_that_values_go_to_one_rank(rank):
+    """Through pickle, which tells where they come out."""
+    metric = o3s.sharded(lambda grid, own: list(map(Large, own)), [1, 2, 6], reduce=total)
+    assert metric(torch.tensor([0.0, 1.0])) == 9
+    assert len(Large.unpickled) == (3 if rank == 0 else 0)
+
+
+class Large:
+    unpickled: ClassVar[list] = []
+
+    def __init__(self, size):
+        self.size = size
+
+    def __setstate__(self, state):
+        self.size = state["size"]
+        Large.unpickled.append(self.size)
+
+
+def total(values):
+    return sum(value.size for value in values)
 
 
 def check_groups(rank):
