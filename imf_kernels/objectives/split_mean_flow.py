@@ -28,9 +28,10 @@ class SplitMeanFlow(Stateful):
     """`loss, info = objective(student, batch)`, in any training loop; see `IntMeanFlow`.
 
     A call costs three evaluations of the student, one of them with gradient, and one of the guided
-    teacher, all of every row: which rows have r = t is known on the device only. `info["scale"]` is
-    the rms of u over intervals over that of the teacher's velocity there: healthy near 1 (means are
-    somewhat smaller), collapsing towards 0, and NaN for a batch without intervals.
+    teacher, all of every row: which rows have r = t is known on the device only, and asking would
+    cost a wait, and shapes that change from call to call. `info["scale"]` is the rms of u over
+    intervals over that of the teacher's velocity there: healthy near 1 (means are somewhat
+    smaller), collapsing towards 0, and NaN for a batch without intervals.
 
     Args:
         teacher: The guided teacher.
