@@ -17,7 +17,7 @@ client := $(VENV)/.f5_tts-installed
 log := $(VENV)/imf_kernels-install.log
 
 .PHONY: help demo test test-hosts test-build test-gpu bench-cpu bench-streaming bench-gpu \
-	bench-gpu-full bench-distillation count kernels lint clean
+	bench-gpu-full bench-distillation count kernels docs figures lint clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -60,6 +60,12 @@ bench-distillation: $(installed) ## What a supervised interval costs, counted (2
 kernels: $(installed) ## Registers, stack and shared memory of every kernel, compiled without a GPU
 	$(py) -m benchmarks.kernels $(ARGS)
 
+docs: $(installed) ## The documents and the reference as a site, in out/docs
+	$(py) -m sphinx -b html -W --keep-going -n -q docs out/docs $(ARGS)
+
+figures: $(installed) ## The documents' figures, from the committed results
+	$(py) -m docs.figures
+
 lint: $(installed) ## Style, formatting and types
 	$(py) -m ruff check
 	$(py) -m ruff format --check
@@ -74,7 +80,7 @@ clean: ## Remove what was built; the environment stays
 $(installed): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
 	@test -x $(py) || $(PYTHON) -m venv $(VENV)
 	$(py) -m pip install -c constraints.txt torch setuptools cmake ninja
-	$(py) -m pip install -c constraints.txt --no-build-isolation -v -e '.[dev,demo,train,lora,eval,profile]' >$(log) 2>&1 \
+	$(py) -m pip install -c constraints.txt --no-build-isolation -v -e '.[dev,demo,docs,train,lora,eval,profile]' >$(log) 2>&1 \
 		|| { tail -n 60 $(log); exit 1; }
 	@grep -E 'error:|CMake Error|imf_kernels: (C\+\+|PURE)' $(log)
 	@touch $@

@@ -109,7 +109,7 @@ class Teacher:
 
         Raises:
             ValueError, TypeError: naming the argument, the expected and the given value; values are
-            read on CPU tensors only.
+                read on CPU tensors only.
         """
         with span("rollout", nfe), torch.no_grad():
             steps = self._steps(z, t, r, nfe, spacing)

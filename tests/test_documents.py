@@ -1,31 +1,34 @@
-"""The Python blocks of the README, and of each page of docs, run, in order, as one program."""
+"""The Python blocks of each page run, in order, as one program; tables are of committed runs."""
 
+import importlib
 import json
-import re
-from pathlib import Path
 
+import pytest
 import torch
+from PIL import Image
 
 from benchmarks import buckets, distillation
+from docs.figures import quality
+from docs.figures.__main__ import FIGURES
 from imf_kernels.distill.__main__ import main as distill
 from imf_kernels.hosts.f5_tts import F5TTS
 from imf_kernels.models.token_encoder import LookaheadEncoder
+from tests import pages
 from tests.distill import made
 from tests.hosts.cosyvoice_host import HostCFM, HostFlow, small
 from tests.models.tools import small_model
 
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+DOCS = pages.ROOT / "docs"
+RUN_APART = {pages.README, DOCS / "cosyvoice.md", DOCS / "distilling.md"}
 
 
-def run(path, tmp_path, monkeypatch, **names):
+def run(blocks, monkeypatch, place, **names):
     """The names that a page's program leaves, given some."""
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
     assert blocks
-    names["__name__"] = path.stem
+    monkeypatch.chdir(place)
+    names["__name__"] = "page"
     for block in blocks:
-        exec(compile(block, str(path), "exec"), names)
+        exec(compile(block, block.splitlines()[0], "exec"), names)
     return names
 
 
@@ -61,56 +64,98 @@ def clients(tmp_path):
 
 
 def test_readme(tmp_path, monkeypatch):
-    played: list[torch.Tensor] = []
-    given = clients(tmp_path) | {"device": torch.device("cpu"), "play": played.append}
-    names = run(README, tmp_path, monkeypatch, **given)
-    assert [len(mel) for mel in played] == [0, 0, 30, 0, 0, 50, 10]
+    given = clients(tmp_path) | {"device": torch.device("cpu")}
+    names = run(pages.blocks(pages.README, "python"), monkeypatch, tmp_path, **given)
     assert (tmp_path / "o3s.json").exists()
     assert names["mel"].shape == (8, 120, 80)
 
 
-def test_bring_your_own_model(tmp_path, monkeypatch):
-    run(ROOT / "docs/bring-your-own-model.md", tmp_path, monkeypatch)
+def test_cosyvoice(tmp_path, monkeypatch):
+    played: list[torch.Tensor] = []
+    given = clients(tmp_path) | {"device": torch.device("cpu"), "play": played.append}
+    run(pages.blocks(DOCS / "cosyvoice.md", "python"), monkeypatch, tmp_path, **given)
+    assert [len(mel) for mel in played] == [0, 0, 30, 0, 0, 50, 10]
 
 
 def test_distilling(tmp_path, monkeypatch):
     """Its documents are run, each before the program that reads what it writes."""
-    page = ROOT / "docs/distilling.md"
-    parts = re.split(r"^## CosyVoice", page.read_text(), flags=re.MULTILINE)
-    for make, part in zip((made.f5, made.cosyvoice2), parts, strict=True):
+    page = DOCS / "distilling.md"
+    documents, programs = (pages.blocks(page, language) for language in ("yaml", "python"))
+    for make, document, program in zip(
+        (made.f5, made.cosyvoice2), documents, programs, strict=True
+    ):
         place = tmp_path / make.__name__
         place.mkdir()
         monkeypatch.chdir(place)
         make(place)
-        (document,) = re.findall(r"```yaml\n(.*?)```", part, re.DOTALL)
         (place / "run.yaml").write_text(document)
-        (place / "part.md").write_text(part)
         assert distill(["run.yaml", "--debug"]) == 0
-        names = run(place / "part.md", place, monkeypatch)
+        names = run([program], monkeypatch, place)
     assert len(names["student"].grid) == 2
 
 
-def test_table_of_streams_is_the_committed_run():
-    run = json.loads((ROOT / "benchmarks/results/cpu/streaming.json").read_text())
+@pytest.mark.parametrize(
+    "page",
+    [page for page in pages.PAGES if pages.blocks(page, "python") and page not in RUN_APART],
+    ids=pages.name,
+)
+def test_page(page, tmp_path, monkeypatch):
+    given = clients(tmp_path) if page.stem == "f5-tts" else {}
+    run(pages.blocks(page, "python"), monkeypatch, tmp_path, **given)
+
+
+# -- tables and figures ---------------------------------------------------------------------------
+
+
+def measured(name):
+    return json.loads((pages.ROOT / "benchmarks/results/cpu" / f"{name}.json").read_text())
+
+
+def test_table_of_speed_is_the_committed_run():
+    run, page = measured("f5_sampler"), pages.README.read_text()
     for row in run["rows"]:
+        cells = []
+        for name in ("client", "ours"):
+            seconds = row["ms"][name]["median"] / 1e3
+            cells += [f"{seconds:.2f}", f"{seconds / run['seconds']:.3f}"]
+        assert f"| {' | '.join(cells)} | {row['ratio']:.3g}x |" in page
+        assert f"{row['ratio']:.3g}x" in (DOCS / "benchmarks.md").read_text()
+
+
+def test_table_of_streams_is_the_committed_run():
+    page = (DOCS / "benchmarks.md").read_text()
+    for row in measured("streaming")["rows"]:
         frames, ms = row["frames_evaluated"], row["ms"]
         seconds = f"{ms['incremental'] / 1e3:.2f} / {ms['prefix'] / 1e3:.2f} s, {row['ratio']:.1f}x"
-        assert seconds in README.read_text()
+        assert seconds in page
         if row["seconds"] == 30:
             said = (
                 f"{frames['incremental']} / {frames['prefix']} | {row['stream_bytes'] / 1e6:.0f} |"
             )
-            assert said in README.read_text()
+            assert said in page
 
 
 def test_tables_of_distillation_are_the_committed_run():
-    run = json.loads((ROOT / "benchmarks/results/cpu/distillation.json").read_text())
-    for table in distillation.tables(run).split("\n\n"):
-        assert table in README.read_text()
+    page = (DOCS / "benchmarks.md").read_text()
+    for table in distillation.tables(measured("distillation")).split("\n\n"):
+        assert table in page
 
 
 def test_table_of_padding_is_what_the_script_says():
-    assert buckets.table() in README.read_text()
+    page = (DOCS / "serving.md").read_text()
+    assert buckets.table() in page
     for guided, claim in ((False, "72 MiB"), (True, "122 MiB guided")):
         assert f"{buckets.static_bytes(8, 3200, guided) / 2**20:.0f} MiB" in claim
-        assert claim in README.read_text()
+        assert claim in page
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_drawn(name, tmp_path):
+    drawn = importlib.import_module(f"docs.figures.{name}")
+    drawn.draw().savefig(tmp_path / drawn.FILE, metadata=drawn.METADATA)
+    assert (DOCS / "figures" / drawn.FILE).stat().st_size < 200_000
+
+
+def test_picture_of_quality_is_of_the_committed_runs():
+    with Image.open(DOCS / "figures" / quality.FILE) as image:
+        assert image.info["Source"] == quality.METADATA["Source"]

@@ -1,4 +1,4 @@
-"""The README's table from the results of several runs: means over the seeds.
+"""The table of docs/benchmarks.md, from the results of several runs: means over the seeds.
 
 python -m examples.quickstart.summary examples/quickstart/results/*.json
 """

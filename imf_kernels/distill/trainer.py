@@ -49,7 +49,8 @@ class Trainer:
     An update whose loss or gradient norm is not finite, or explodes, changes nothing on any rank
     and is written down in `reports/`; `max_bad` of them in a row end the run.
 
-    Callbacks are objects with any of these methods, called on every rank:
+    Callbacks are objects with any of these methods, called on every rank::
+
         started(trainer): before the first update of this process, what was saved loaded.
         begun(trainer, record): thereafter, if the run has no update yet; `record` holds update: 0.
         updated(trainer, record): after every update. `record` holds floats: update, loss, norm, lr,

@@ -76,7 +76,7 @@ class Baked:
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes: weights and tables."""
+        """Resident bytes of weights and tables."""
         return _bytes_of(self.model) + self.tables.nbytes
 
     def index(self, grid: Tensor) -> int:

@@ -48,7 +48,7 @@ class DiTConfig:
     causal_conv: bool = False
     """Position convolutions see the past only (CosyVoice3), else both sides (F5-TTS)."""
     rope_heads: int | None = None
-    """How many heads, from the first, carry RoPE; None: all."""
+    """How many heads, from the first, carry RoPE; all if None."""
     qk_norm: bool = False
     long_skip: bool = False
     chunk: int = 50
@@ -60,7 +60,7 @@ class DiTConfig:
     guidance: bool = False
     """Whether `prepare` is told the guidance w (a student that has learnt it for a range)."""
     baked: bool = False
-    """Without time embedding, mixer and adaLN weights: evaluated from step tables only."""
+    """Without time embedding, mixer and adaLN weights, for evaluation from step tables only."""
     fp8: tuple[str, ...] = ()
     """Which of `FP8_LAYERS` multiply in FP8, in every block: for inference only."""
 

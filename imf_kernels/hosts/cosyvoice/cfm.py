@@ -93,7 +93,7 @@ class CFM(nn.Module):
 
     @property
     def model(self) -> Model:
-        """The estimator's model: what objectives and graphs take."""
+        """The estimator's model, which objectives and graphs take."""
         if not isinstance(self.estimator, Estimator):
             raise TypeError(
                 f"estimator: expected an Estimator, got {type(self.estimator).__name__}"

@@ -56,9 +56,9 @@ def apply_to(cfm: Any, **options: Any) -> F5TTS:
     """Make a live `CFM` compute as a host does: its `sample`, its `forward`, its transformer.
 
     It stays the object that it is, with the same parameters under the same names in the same order:
-    optimizers, `load_state_dict` and `.to()` go on working on it, copies and pickles of it are
-    patched as well. Applied again it takes the new options, the others being those of the object
-    itself; with a wrong one it stays as it is. Before accelerate's `prepare`, not after it.
+    optimizers, `load_state_dict` and `to` go on working on it, copies and pickles of it are patched
+    as well. Applied again it takes the new options, the others being those of the object itself;
+    with a wrong one it stays as it is. Before accelerate's `prepare`, not after it.
 
     Args:
         options: See `from_host`.
