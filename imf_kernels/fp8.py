@@ -1,4 +1,4 @@
-"""FP8 at inference: which products gain from it on this device, and what it costs in the mel.
+"""FP8 at inference: which products gain from it on this device, and what it costs in the mel::
 
     student = fp8.quantize(student, frames=[1250, 4096])    # the frames that will be served
     print(fp8.accuracy(original, student, noise, conditions, nfe=3, bound=0.05))

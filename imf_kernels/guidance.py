@@ -1,4 +1,4 @@
-"""Classifier-free guidance: one number w for every client's convention.
+"""Classifier-free guidance: one number w for every client's convention::
 
     v = v_u + w (v_c - v_u)          w = 1 is the conditional branch: no guidance
 

@@ -1,4 +1,4 @@
-"""The README's table from the results of several runs: means over the seeds.
+"""The table of the documents, from the results of several runs: means over the seeds.
 
 python -m examples.text2mel.summary examples/text2mel/results/*.json
 """

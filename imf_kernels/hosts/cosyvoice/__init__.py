@@ -1,13 +1,15 @@
 """Drop-ins for CosyVoice2 and CosyVoice3 (and Chatterbox, whose flow is CosyVoice2's).
 
-cfm = cosyvoice.apply_to(flow)  # the loaded flow, faster; `restore(flow)` takes it back
+Faster at once, distilled by the host's own training, then in as many steps as it should take::
 
-teacher = Teacher(cfm.model, guidance.from_cosyvoice(cfm.inference_cfg_rate))
-cfm.estimator = cosyvoice.Estimator(cfm.model.student())
-cfm.objective = IntMeanFlow(teacher)
-cosyvoice.freeze(flow)  # the host's own training now distils
+    cfm = cosyvoice.apply_to(flow)  # the loaded flow, faster; `restore(flow)` takes it back
 
-cfm.objective, cfm.grid, cfm.nfe = None, "uniform", 2  # the host's own inference, in 2 steps
+    teacher = Teacher(cfm.model, guidance.from_cosyvoice(cfm.inference_cfg_rate))
+    cfm.estimator = cosyvoice.Estimator(cfm.model.student())
+    cfm.objective = IntMeanFlow(teacher)
+    cosyvoice.freeze(flow)  # the host's own training now distils
+
+    cfm.objective, cfm.grid, cfm.nfe = None, "uniform", 2  # the host's own inference, in 2 steps
 """
 
 from imf_kernels.hosts.cosyvoice.baked import BakedEstimator

@@ -1,0 +1,1 @@
+"""The documents: pages, and the scripts of their figures."""
