@@ -18,10 +18,12 @@ from functools import cache, reduce
 import pytest
 import yaml
 
+import imf_kernels
 from tests import pages
 
 OURS = ("benchmarks", "docs", "examples", "imf_kernels")
 FOLDERS = (*OURS, "csrc", "recipes", "tests")
+PAPER = re.compile(r"arXiv (\d{4}\.\d{5})")
 each_page = pytest.mark.parametrize("page", pages.PAGES, ids=pages.name)
 
 
@@ -123,6 +125,17 @@ def test_environment_variables(page):
     for line in commands(page):
         for name in re.findall(r"\bIMF_KERNELS_[A-Z_]+\b", line):
             assert any(name in text for text in sources().values()), name
+
+
+def test_citations():
+    said = yaml.safe_load((pages.ROOT / "CITATION.cff").read_text())
+    assert said["version"] == imf_kernels.__version__
+    cited = {reference["url"].rpartition("/")[2] for reference in said["references"]}
+    assert all(reference["authors"] for reference in said["references"])
+    objectives = (pages.ROOT / "imf_kernels/objectives").glob("*.py")
+    implemented = [arxiv for path in objectives for arxiv in PAPER.findall(path.read_text())]
+    assert len(set(implemented)) >= 4
+    assert cited >= {*implemented, *PAPER.findall(pages.README.read_text())}
 
 
 def test_messages_are_those_of_the_code():
