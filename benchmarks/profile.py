@@ -150,7 +150,7 @@ def operations() -> str:
     lines = [f"| operation | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|"]
     for name in names:
         cells = " | ".join(str(each.by_name[name] or "") for each in found.values())
-        lines.append(f"| `{name.rpartition('.')[0]}` | {cells} |")
+        lines.append(f"| `{name.rpartition('.')[0].removeprefix('imf_kernels.')}` | {cells} |")
     cells = " | ".join(str(each.operations) for each in found.values())
     return "\n".join([*lines, f"| all | {cells} |"])
 

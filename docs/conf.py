@@ -29,7 +29,10 @@ napoleon_use_param = False  # it would take `t, r: ...` for a type and a name
 napoleon_custom_sections = [("Attributes", "params_style")]
 nitpick_ignore_regex = [
     ("py:obj", r"[\s\S]*"),  # most code names nothing
-    ("py:class", r"(torch|collections|os|pathlib)\..*|Tensor|Module"),  # other libraries'
+    (
+        "py:class",
+        r"(torch|collections|contextlib|os|pathlib)\..*|Tensor|Module",
+    ),  # other libraries'
 ]
 INTERNAL = (  # in signatures, not exported
     "distill.plain.Student",
@@ -45,7 +48,11 @@ INTERNAL = (  # in signatures, not exported
     "o3s.sharding.Sharded",
     "rows.Rows",
 )
-nitpick_ignore = [("py:class", f"imf_kernels.{name}") for name in INTERNAL] + [("py:exc", "Locked")]
+nitpick_ignore = [("py:class", f"imf_kernels.{name}") for name in INTERNAL] + [
+    ("py:exc", "Locked"),
+    ("py:class", "P"),  # variables of types
+    ("py:class", "imf_kernels.profiling.T"),
+]
 
 
 def public_modules() -> list[str]:
