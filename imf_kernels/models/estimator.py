@@ -159,7 +159,7 @@ class Estimator(nn.Module):
 
     def add_guidance(self, conditions: Tensor, w: Tensor | float | None, rows: Rows) -> Tensor:
         """Conditions `(branches, T, D)`, with the embedding of w for a model that is told it."""
-        count = len(rows.lengths)
+        count = rows.lengths.shape[0]
         self.check_guidance(w, count)
         if self.guidance_embed is None or w is None:
             return conditions

@@ -1,0 +1,58 @@
+"""AOTInductor: compiled for one device and its kind of processor, run by libtorch alone."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from imf_kernels.export.program import Exportable, Solve, Student, trace
+from imf_kernels.export.report import Report, checked
+
+
+def aot_inductor(
+    student: Student | Exportable,
+    path: str | Path,
+    grid: str | Tensor | Sequence[float] | None = None,
+    nfe: int | None = None,
+    *,
+    streaming: bool = False,
+    rows: int = 8,
+    frames: int = 4096,
+    bound: float | None = None,
+) -> Report:
+    """Compile the whole solve for the student's device into a package, and check it there.
+
+    Args:
+        path: A file ending in `.pt2`, written only if the check passes.
+        rows, frames: See `program`.
+        bound: The error that is allowed; None: 1e-4 in float32, .05 in half precision.
+
+    Raises:
+        ValueError, TypeError: another ending, what cannot be exported; see `Solve`.
+        RuntimeError: no C++ compiler, or an error beyond the bound.
+    """
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ValueError(f"path: expected a file ending in .pt2, got {path}")
+    subject = student
+    if not isinstance(subject, Exportable):
+        subject = Solve(student, grid, nfe, streaming=streaming)
+    made = trace(subject, rows, frames)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder) / path.name
+        settings = {
+            "aot_inductor.metadata": {"inputs": " ".join(subject.dims), "output": subject.output},
+            "aot_inductor.use_runtime_constant_folding": True,  # q, k and v side by side
+        }
+        with torch.no_grad():
+            aoti_compile_and_package(made, package_path=str(file), inductor_configs=settings)
+        run = aoti_load_package(str(file))
+        report = checked(file, subject, lambda inputs: run(*inputs), rows, frames, bound)
+        file.replace(path)
+    return report._replace(path=path)

@@ -1,0 +1,97 @@
+"""ONNX: for onnxruntime, TensorRT and whatever else reads it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imf_kernels.export.program import Exportable, Solve, Student, free_dims, trace
+from imf_kernels.export.report import Report, checked
+
+LARGEST = 2**31
+"""Bytes of a protobuf message, in which weights lie."""
+
+
+def onnx(
+    student: Student | Exportable,
+    path: str | Path,
+    grid: str | Tensor | Sequence[float] | None = None,
+    nfe: int | None = None,
+    *,
+    streaming: bool = False,
+    rows: int = 8,
+    frames: int = 4096,
+    opset: int = 20,
+    bound: float | None = None,
+) -> Report:
+    """Write the whole solve as one ONNX file, and check it with onnxruntime on the CPU.
+
+    Args:
+        path: The file, written only if the check passes.
+        rows, frames: See `program`.
+        opset: ONNX's operators by version.
+        bound: The relative RMS error that is allowed; None: 1e-4.
+
+    Raises:
+        ValueError, TypeError: weights that are not float32, or of more than 2 GiB; what cannot be
+            exported; see `Solve`.
+        RuntimeError: an error beyond the bound.
+    """
+    from onnxruntime import InferenceSession
+
+    subject = student
+    if not isinstance(subject, Exportable):
+        subject = Solve(student, grid, nfe, streaming=streaming)
+    if subject.dtype != torch.float32:
+        raise ValueError(
+            "student: expected float32 weights, which ONNX's tools cast as the device wants them, "
+            f"got {subject.dtype}"
+        )
+    nbytes = sum(tensor.nbytes for tensor in subject.state_dict().values())
+    if nbytes >= LARGEST:
+        raise ValueError(f"student: expected less than 2 GiB of weights, got {nbytes} bytes")
+    path, names = Path(path), list(subject.dims)
+    made: Any = torch.onnx.export(
+        _with_int64_indices(trace(subject, rows, frames)),
+        dynamo=True,
+        opset_version=opset,
+        input_names=names,
+        output_names=[subject.output],
+        dynamic_shapes=(tuple(free_dims(subject, rows, frames)),),
+        verbose=False,
+    )
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder) / path.name
+        made.save(str(file))
+        session = InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+        def run(inputs: Sequence[Tensor]) -> Tensor:
+            given = {n: x.cpu().numpy() for n, x in zip(names, inputs, strict=True)}
+            return torch.from_numpy(session.run(None, given)[0])
+
+        report = checked(file, subject, run, rows, frames, bound)
+        file.replace(path)
+    return report._replace(path=path)
+
+
+def _with_int64_indices(program: Any) -> Any:
+    """The exporter makes GatherND and ScatterND of indexing as it is, which take no int32."""
+    index, index_add = torch.ops.aten.index.Tensor, torch.ops.aten.index_add.default
+
+    def narrow(at: Tensor | None) -> bool:
+        return at is not None and at.dtype == torch.int32
+
+    def gathered(x: Tensor, places: Sequence[Tensor | None]) -> Any:
+        if not any(map(narrow, places)):
+            return NotImplemented
+        return index(x, [at.long() if at is not None and narrow(at) else at for at in places])
+
+    def added(x: Tensor, dim: int, at: Tensor, source: Tensor) -> Any:
+        return index_add(x, dim, at.long(), source) if narrow(at) else NotImplemented
+
+    return program.run_decompositions({index: gathered, index_add: added})
