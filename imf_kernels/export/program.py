@@ -69,13 +69,16 @@ class Solve(Exportable):
         super().__init__()
         _check(student)
         self.streaming = streaming
-        if grid is None and not isinstance(student, Baked):
-            raise ValueError("grid: expected times or a name for a student that is not baked")
-        times = student.grids[0] if grid is None else grids.make(grid, nfe).cpu()  # type: ignore[union-attr]
+        if grid is None:
+            if not isinstance(student, Baked):
+                raise ValueError("grid: expected times or a name for a student that is not baked")
+            grid = student.grids[0]
+        times = grids.make(grid, nfe).cpu()
         if isinstance(student, DiT):
             student = Baked.of(student, [times])
+        self.model: Any
         if isinstance(student, Baked):
-            self.model: Any = student.model
+            self.model = student.model
             tables = student.at(times)
         else:
             self.model = student
@@ -126,7 +129,7 @@ class Solve(Exportable):
 
 
 def program(
-    student: Student,
+    student: Student | Exportable,
     grid: str | Tensor | Sequence[float] | None = None,
     nfe: int | None = None,
     *,
@@ -138,12 +141,19 @@ def program(
 
     Args:
         rows: At most this many rows; 1: always one.
-        frames: At most this many frames, and text tokens.
+        frames: At most this many frames, and text tokens; 4 frames at least.
 
     Raises:
         ValueError, TypeError: what cannot be exported, and why; not a grid.
     """
-    return trace(Solve(student, grid, nfe, streaming=streaming), rows, frames)
+    return trace(subject_of(student, grid, nfe, streaming=streaming), rows, frames)
+
+
+def subject_of(student: Student | Exportable, *arguments: Any, **options: Any) -> Exportable:
+    """What is exportable as it is, or the solve of a student."""
+    if isinstance(student, Exportable):
+        return student
+    return Solve(student, *arguments, **options)
 
 
 def trace(subject: Exportable, rows: int = 8, frames: int = 4096) -> ExportedProgram:
@@ -162,7 +172,10 @@ def free_dims(subject: Exportable, rows: int, frames: int) -> list[dict[int, Any
     """Each input's free dimensions, as `torch.export` wants them."""
     from torch.export import Dim
 
-    free = {"frames": Dim("frames", min=1, max=frames), "tokens": Dim("tokens", min=1, max=frames)}
+    free = {
+        "frames": Dim("frames", min=LEAST, max=frames),
+        "tokens": Dim("tokens", min=1, max=frames),
+    }
     if rows > 1:
         free["rows"] = Dim("rows", min=1, max=rows)
     return [
@@ -171,6 +184,8 @@ def free_dims(subject: Exportable, rows: int, frames: int) -> list[dict[int, Any
     ]
 
 
+LEAST = 4
+"""Frames of the shortest batch: no fewer than a lone row's convolutions have taps."""
 TRACED = (30, 22)
 """Lengths of the rows that are traced, none of them special."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imf_kernels.export.program import Exportable, Solve, Student, trace
+from imf_kernels.export.program import Exportable, Student, subject_of, trace
 from imf_kernels.export.report import Report, checked
 
 
@@ -33,6 +33,7 @@ def aot_inductor(
 
     Raises:
         ValueError, TypeError: another ending, what cannot be exported; see `Solve`.
+        FileNotFoundError: no such directory.
         RuntimeError: no C++ compiler, or an error beyond the bound.
     """
     from torch._inductor import aoti_compile_and_package, aoti_load_package
@@ -40,18 +41,17 @@ def aot_inductor(
     path = Path(path)
     if path.suffix != ".pt2":
         raise ValueError(f"path: expected a file ending in .pt2, got {path}")
-    subject = student
-    if not isinstance(subject, Exportable):
-        subject = Solve(student, grid, nfe, streaming=streaming)
-    made = trace(subject, rows, frames)
+    subject = subject_of(student, grid, nfe, streaming=streaming)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / path.name
-        settings = {
-            "aot_inductor.metadata": {"inputs": " ".join(subject.dims), "output": subject.output},
-            "aot_inductor.use_runtime_constant_folding": True,  # q, k and v side by side
-        }
+        metadata = {"inputs": " ".join(subject.dims), "output": subject.output}
+        made = trace(subject, rows, frames)
         with torch.no_grad():
-            aoti_compile_and_package(made, package_path=str(file), inductor_configs=settings)
+            aoti_compile_and_package(
+                made,
+                package_path=str(file),
+                inductor_configs={"aot_inductor.metadata": metadata},
+            )
         run = aoti_load_package(str(file))
         report = checked(file, subject, lambda inputs: run(*inputs), rows, frames, bound)
         file.replace(path)

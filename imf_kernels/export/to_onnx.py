@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf_kernels.export.program import Exportable, Solve, Student, free_dims, trace
+from imf_kernels.export.program import Exportable, Student, free_dims, subject_of, trace
 from imf_kernels.export.report import Report, checked
 
 LARGEST = 2**31
@@ -40,13 +40,12 @@ def onnx(
     Raises:
         ValueError, TypeError: weights that are not float32, or of more than 2 GiB; what cannot be
             exported; see `Solve`.
+        FileNotFoundError: no such directory.
         RuntimeError: an error beyond the bound.
     """
     from onnxruntime import InferenceSession
 
-    subject = student
-    if not isinstance(subject, Exportable):
-        subject = Solve(student, grid, nfe, streaming=streaming)
+    subject = subject_of(student, grid, nfe, streaming=streaming)
     if subject.dtype != torch.float32:
         raise ValueError(
             "student: expected float32 weights, which ONNX's tools cast as the device wants them, "
@@ -56,22 +55,22 @@ def onnx(
     if nbytes >= LARGEST:
         raise ValueError(f"student: expected less than 2 GiB of weights, got {nbytes} bytes")
     path, names = Path(path), list(subject.dims)
-    made: Any = torch.onnx.export(
-        _with_int64_indices(trace(subject, rows, frames)),
-        dynamo=True,
-        opset_version=opset,
-        input_names=names,
-        output_names=[subject.output],
-        dynamic_shapes=(tuple(free_dims(subject, rows, frames)),),
-        verbose=False,
-    )
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / path.name
+        made: Any = torch.onnx.export(
+            _with_int64_indices(trace(subject, rows, frames)),
+            dynamo=True,
+            opset_version=opset,
+            input_names=names,
+            output_names=[subject.output],
+            dynamic_shapes=(tuple(free_dims(subject, rows, frames)),),
+            verbose=False,
+        )
         made.save(str(file))
         session = InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
         def run(inputs: Sequence[Tensor]) -> Tensor:
-            given = {n: x.cpu().numpy() for n, x in zip(names, inputs, strict=True)}
+            given = {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)}
             return torch.from_numpy(session.run(None, given)[0])
 
         report = checked(file, subject, run, rows, frames, bound)

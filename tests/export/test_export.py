@@ -6,6 +6,7 @@ import torch
 from imf_kernels import export, sampler
 from imf_kernels.export.__main__ import main
 from imf_kernels.export.report import checked
+from imf_kernels.hosts import cosyvoice
 from imf_kernels.models import Baked, CausalUNet, CausalUNetConfig, StepTokenDiT
 from tests.models.tools import conditions, relative_rms, small_model
 
@@ -73,6 +74,20 @@ def test_aot_inductor_compiles_a_streaming_solve(tmp_path):
     noise, given = request_of(student, [120, 33])
     got = solve(noise, *(given[name] for name in student.inputs))
     assert relative_rms(got, solved(student, noise, given, [0.0, 1.0], streaming=True)) <= 1e-5
+
+
+def test_an_estimator_keeps_the_names_and_shapes_of_its_host():
+    estimator = cosyvoice.BakedEstimator(unet().student(), "cosine", 4)
+    subject = cosyvoice.ExportableEstimator(estimator)
+    velocity = export.program(subject).module()
+    inputs = subject.example([45])
+    assert list(inputs) == ["x", "mask", "mu", "t", "spks", "cond"]
+    assert [tuple(x.shape) for x in inputs.values()] == [
+        (2, 12, 45), (2, 1, 45), (2, 12, 45), (2,), (2, 12), (2, 12, 45),
+    ]  # fmt: skip
+    assert relative_rms(velocity(*inputs.values()), estimator(**inputs)) <= 1e-5
+    inputs["t"] = inputs["t"] + 0.01
+    assert velocity(*inputs.values()).isnan().all()
 
 
 def test_an_error_beyond_the_bound_is_refused(tmp_path):

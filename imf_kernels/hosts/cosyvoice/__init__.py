@@ -15,12 +15,14 @@ Faster at once, distilled by the host's own training, then in as many steps as i
 from imf_kernels.hosts.cosyvoice.baked import BakedEstimator
 from imf_kernels.hosts.cosyvoice.cfm import CFM
 from imf_kernels.hosts.cosyvoice.estimator import Estimator
+from imf_kernels.hosts.cosyvoice.exportable import ExportableEstimator
 from imf_kernels.hosts.cosyvoice.live import apply_to, freeze, from_host, restore
 
 __all__ = [
     "CFM",
     "BakedEstimator",
     "Estimator",
+    "ExportableEstimator",
     "apply_to",
     "freeze",
     "from_host",
