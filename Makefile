@@ -80,7 +80,7 @@ clean: ## Remove what was built; the environment stays
 $(installed): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
 	@test -x $(py) || $(PYTHON) -m venv $(VENV)
 	$(py) -m pip install -c constraints.txt torch setuptools cmake ninja
-	$(py) -m pip install -c constraints.txt --no-build-isolation -v -e '.[dev,demo,docs,train,lora,eval,profile]' >$(log) 2>&1 \
+	$(py) -m pip install -c constraints.txt --no-build-isolation -v -e '.[dev,demo,docs,train,lora,eval,export,profile]' >$(log) 2>&1 \
 		|| { tail -n 60 $(log); exit 1; }
 	@grep -E 'error:|CMake Error|imf_kernels: (C\+\+|PURE)' $(log)
 	@touch $@

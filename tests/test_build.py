@@ -9,8 +9,9 @@ import time
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
-from tests import cuda_build
+from tests import cuda_build, pages
 
 
 @pytest.mark.build
@@ -31,6 +32,18 @@ def test_compiles_and_links_against_a_cuda_build_of_torch(tmp_path, record_prope
     needed = cuda_build.symbols(extension, "--undefined-only")
     assert any("CUDAGraph" in name for name in needed), "the graph runtime is in it"
     assert any("cudaLaunchKernel" in name for name in needed), "so is the ragged copy"
+
+
+@pytest.mark.build
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    "page", [page for page in pages.PAGES if pages.blocks(page, "cpp")], ids=pages.name
+)
+def test_cpp_of_the_documents_compiles(page):
+    for block in pages.blocks(page, "cpp"):
+        command = ["c++", "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+        folders = [f"-I{folder}" for folder in cpp_extension.include_paths()]
+        subprocess.run([*command, *folders], input=block, text=True, check=True)
 
 
 def setup(tmp_path, **environment):

@@ -36,7 +36,7 @@ def commands(page):
 @each_page
 def test_blocks_are_of_a_language_that_is_checked(page):
     for fence in pages.fences(page):
-        assert fence.info in ("python", "bash", "yaml", "text") or fence.info[:1] == "{"
+        assert fence.info in ("python", "bash", "yaml", "cpp", "text") or fence.info[:1] == "{"
 
 
 @each_page
