@@ -31,7 +31,7 @@ nitpick_ignore_regex = [
     ("py:obj", r"[\s\S]*"),  # most code names nothing
     (
         "py:class",
-        r"(torch|collections|contextlib|os|pathlib)\..*|Tensor|Module",
+        r"(torch|collections|contextlib|os|pathlib)\..*|ExportedProgram|Module|Path|Tensor",
     ),  # other libraries'
 ]
 INTERNAL = (  # in signatures, not exported
