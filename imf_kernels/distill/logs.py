@@ -52,7 +52,10 @@ class Progress:
         self.bar.start()
 
     def begun(self, trainer: Any, record: Mapping[str, float]) -> None:
-        if _first(trainer) and worth_telling(trainer, record):
+        if not _first(trainer):
+            return
+        self._last = (time.perf_counter(), 0)  # what came before, validation, is no training
+        if worth_telling(trainer, record):
             print(f"0/{trainer.settings.updates}  {told(record)}", flush=True)
 
     def updated(self, trainer: Any, record: Mapping[str, float]) -> None:

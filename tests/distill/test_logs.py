@@ -1,8 +1,10 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
+from imf_kernels.distill import logs
 from imf_kernels.distill.logs import JsonLines, Progress, TensorBoard, read, told
 from tests.distill.runs import fake_trainer, record
 
@@ -57,6 +59,13 @@ def test_what_is_told_before_the_first_update(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("0/10  val/nfe1 0.5\n2/10  loss 1.5")
     JsonLines().begun(fake_trainer(tmp_path), {"update": 0})
     assert len(read(tmp_path / "log.jsonl")) == 2, "nothing is no line"
+
+
+def test_validation_before_the_first_update_is_no_training(tmp_path, monkeypatch, capsys):
+    clock = iter([0.0, 100.0, 110.0])
+    monkeypatch.setattr(logs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    begun(Progress(), fake_trainer(tmp_path))
+    assert capsys.readouterr().out.endswith("left 0:00:40\n"), "2 of 10 updates in 10 seconds"
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
