@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 
 from imf_kernels.data import audio, mels
-from imf_kernels.data.kept import kept
+from imf_kernels.data.kept import THREADS, kept
 from imf_kernels.data.texts import Tokenizer
 from imf_kernels.data.utterances import Utterance, fitted, within
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 METADATA = "metadata.csv"
 LENGTHS = ".lengths.json"
-THREADS = 16
 
 
 class AudioFolder:
@@ -84,7 +83,7 @@ class AudioFolder:
         return Utterance(name, fitted(str(path), mel, int(self.frames[index])), features)
 
     def _headers(self, names: list[str]) -> list[tuple[int, int]]:
-        with ThreadPoolExecutor(THREADS) as pool:  # of which most wait for disks
+        with ThreadPoolExecutor(THREADS) as pool:
             return list(pool.map(audio.header, (self.folder / name for name in names)))
 
     def _listed(self) -> Iterator[tuple[str, str]]:
@@ -112,7 +111,8 @@ class AudioFolder:
         found = []
         for folder, _, files in os.walk(self.folder):
             inside = Path(folder).relative_to(self.folder).parts
-            found += [(*inside, name) for name in files if name.lower().endswith(SUFFIXES)]
+            audible = (name for name in files if os.path.splitext(name)[1].lower() in SUFFIXES)
+            found += [(*inside, name) for name in audible]
         for parts in sorted(found):
             name = "/".join(parts)
             yield name, "" if self.tokenizer is None else self._beside(name)

@@ -88,6 +88,12 @@ def test_folder(folder):
     assert data[0].features["text"].tolist() == [0, 0, 1], "unknown ones are 0, as in F5-TTS"
 
 
+def test_a_suffix_alone_is_no_audio(folder):
+    (folder / ".wav").write_bytes(b"")
+    sounds.write(folder / "three.WAV", 9000)
+    assert AudioFolder(folder).names == ["b/two.wav", "one.wav", "three.WAV"]
+
+
 def test_folder_without_transcripts(folder):
     (folder / "one.txt").unlink()
     assert not AudioFolder(folder)[1].features

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from imf_kernels.data import AudioFolder, CosyVoiceParquet, audio, cosyvoice_parquet
+from imf_kernels.data import kept as kept_module
 from imf_kernels.data.kept import kept
 from tests.data_loading import sounds
 
@@ -52,14 +54,50 @@ def test_only_what_is_new_or_changed_is_read(tmp_path, read):
     assert read.asked[3:] == [["a"]]
 
 
-@pytest.mark.parametrize("damaged", ["", "{", "[]", '{"format": 0, "files": {"a": 1}}'])
+FILES = ["[]", "null", '{"a": 1}', '{"a": []}', '{"a": [[1, 2]]}']
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["", "{", "[]", '{"format": 0, "files": {"a": 1}}']
+    + [f'{{"format": 1, "files": {files}}}' for files in FILES],
+)
 def test_a_damaged_place_is_made_anew(tmp_path, read, damaged):
     place = tmp_path / "kept.json"
     place.write_text(damaged)
+    os.utime(tmp_path / "a", ns=(2, 2))
     for _ in range(2):
         assert kept(place, ["a"], read) == ["A"]
     assert read.asked == [["a"]]
     assert json.loads(place.read_text())["files"]["a"][1] == "A"
+
+
+def test_what_appears_while_it_is_read_is_read_again(tmp_path, read):
+    def late(names):
+        (tmp_path / "late").write_text("L")
+        return read(names)
+
+    place = tmp_path / "kept.json"
+    place.write_text('{"format": 1, "files": {"late": [null, "of old"]}}')
+    assert kept(place, ["a", "late"], late) == ["A", "L"]
+    assert json.loads(place.read_text())["files"].keys() == {"a"}
+    (tmp_path / "late").unlink()
+    with pytest.raises(FileNotFoundError):
+        kept(place, ["a", "late"], read)
+    assert read.asked == [["a", "late"], ["late"]]
+
+
+def test_files_are_looked_at_together(tmp_path, read, monkeypatch):
+    """On a network's disk each look is a wait; and order and repetition are the names'."""
+    together, mark = threading.Barrier(3), kept_module._mark
+
+    def waiting(path):
+        together.wait(timeout=10)
+        return mark(path)
+
+    monkeypatch.setattr(kept_module, "_mark", waiting)
+    assert kept(tmp_path / "kept.json", ["b", "a", "b"], read) == ["B", "A", "B"]
+    assert read.asked == [["b", "a"]]
 
 
 def test_a_place_that_cannot_be_written_is_warned_of(tmp_path, read):
