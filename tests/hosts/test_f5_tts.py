@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from imf_kernels import IntMeanFlow, Teacher, grids, sampler
+from imf_kernels import IntMeanFlow, SplitMeanFlow, Teacher, grids, sampler
 from imf_kernels.data import Mel
 from imf_kernels.hosts.f5_tts import (
     F5TTS,
@@ -447,6 +447,17 @@ def test_a_students_guidance_is_a_number():
         host().student(nan)
     with pytest.raises(ValueError, match="guidance: expected least <= greatest"):
         host().student((3.0, 1.0))
+
+
+def test_a_range_of_guidance_is_for_an_objective_that_takes_it(monkeypatch):
+    model = host()
+    copied = counted(model.transformer, "student", monkeypatch)
+    with pytest.raises(TypeError, match=r"objective: expected one .* guidance, as .*Split"):
+        model.student((1.0, 4.0), objective=SplitMeanFlow)
+    assert copied == []
+    for objective in (partial(IntMeanFlow, nfe=2), lambda *_, **given: IntMeanFlow(*_, **given)):
+        assert model.student((1.0, 4.0), objective=objective).objective.guidance == (1.0, 4.0)
+    assert isinstance(model.student(objective=SplitMeanFlow).objective, SplitMeanFlow)
 
 
 @pytest.mark.parametrize("other", [nn.Linear(1, 1), None, {"transformer": 1}])

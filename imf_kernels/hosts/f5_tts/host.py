@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -143,10 +144,18 @@ class F5TTS(nn.Module):
                 it is given that too, as `guidance`.
             grid, nfe: The student's own schedule, see `F5TTS`.
             diagonal: D of the mixer's initial `[D 0]`.
+
+        Raises:
+            ValueError, TypeError: naming the argument, the expected and the given value.
         """
         w, drawn = None, {"guidance": guidance}
         if not isinstance(guidance, tuple | list):
             w, drawn = guidance, {}
+        elif not _takes(objective, "guidance"):
+            raise TypeError(
+                "objective: expected one that takes guidance, as (least, greatest) was given, "
+                f"got {objective!r}"
+            )
         return F5TTS(
             self.transformer.student(diagonal, guidance=bool(drawn)),
             mel_spec=self.mel_spec,
@@ -485,6 +494,12 @@ def _replayed(
     return pad_sequence(
         graphs.sample(noise, grid=grid, conditions=given, guidance=w), batch_first=True
     )
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether an argument can be given by this name."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(one.name == name or one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def _described(model: Any) -> str:
