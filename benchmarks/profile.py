@@ -106,7 +106,7 @@ def launched(found: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def overhead(calls: int = 20_000) -> dict[str, float | None]:
+def overhead(calls: int = 1000) -> dict[str, float | None]:
     """Nanoseconds that a range costs: off, and on without a tool or a profiler that listens.
 
     None where the package `nvtx` is missing. Ranges are off afterwards.
@@ -127,7 +127,8 @@ def overhead(calls: int = 20_000) -> dict[str, float | None]:
 
 def _nanoseconds(statement: str, calls: int) -> float:
     names = {"span": profiling.span}
-    return 1e9 * min(timeit.repeat(statement, globals=names, repeat=7, number=calls)) / calls
+    # many and short: on a busy machine some are not interrupted
+    return 1e9 * min(timeit.repeat(statement, globals=names, repeat=100, number=calls)) / calls
 
 
 def overhead_line(row: dict[str, Any]) -> str:

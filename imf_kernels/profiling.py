@@ -5,7 +5,8 @@
     profiling.disable()
 
 A range is of the host and of its thread: kernels are what it launched. Within `torch.compile` and
-`torch.export` there are none. Captures of CUDA graphs show theirs once, replays none of their own.
+`torch.export` there are none, but what was compiled while they were off is compiled again once they
+are on. Captures of CUDA graphs show theirs once, replays none of their own.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from imf_kernels import checks
 
 DOMAIN = "imf_kernels"
 SPANS = {
-    "solve": "one call of `sampler.sample` or `GraphSampler.sample`, as payload its NFE",
+    "solve": "one call of `sampler.sample`, `GraphSampler.sample` or, with `duplicate_test`, "
+    "`F5TTS.sample`; as payload its NFE",
     "rollout": "one call of `Teacher.integrate`, as payload its sub-steps",
-    "sub-step": "an Euler step of either, or of streams: an evaluation and the fused update",
+    "sub-step": "an Euler step of either, of DSFlow's student in its loss, or of streams: an "
+    "evaluation (of streams one or more) and the fused update",
     "evaluation": "the model at `(x, t, r)`; of a guided teacher both branches at once",
     "prepare": "a model's `prepare`: all that depends on the conditions alone",
     "table": "a model's `tables`: all that depends on the times alone",
@@ -133,7 +136,7 @@ def _torch(name: str, payload: int | None) -> Span:
     return torch._C._profiler._RecordFunctionFast(f"{DOMAIN}::{name}")
 
 
-_from_environment = os.environ.get("IMF_KERNELS_NVTX", "0")
+_from_environment = os.environ.get("IMF_KERNELS_NVTX") or "0"
 checks.choice("IMF_KERNELS_NVTX", _from_environment, ("0", "1"))
 if _from_environment == "1":
     try:

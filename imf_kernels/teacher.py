@@ -111,9 +111,9 @@ class Teacher:
             ValueError, TypeError: naming the argument, the expected and the given value; values are
                 read on CPU tensors only.
         """
-        with span("rollout", nfe), torch.no_grad():
+        with torch.no_grad():
             steps = self._steps(z, t, r, nfe, spacing)
-            with _without_autocast(z):
+            with span("rollout", nfe), _without_autocast(z):
                 return self._rollout(z, steps, cond, keep)
 
     def _rollout(self, z: Tensor, steps: Steps, cond: Any, keep: bool) -> Rollout:

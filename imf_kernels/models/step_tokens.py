@@ -29,6 +29,7 @@ from imf_kernels.models.dit import DiT
 from imf_kernels.models.positions import Rope
 from imf_kernels.models.scope import CacheSizes, Whole
 from imf_kernels.models.step_tables import Modulation, StepTables
+from imf_kernels.profiling import spanned
 from imf_kernels.rows import Rows
 
 KIND, FORMAT = "step_token_dit", "1"
@@ -119,6 +120,7 @@ class StepTokenDiT(DiT):
         blocks[:, 2::3] = 1.0
         return Modulation([blocks] * self.config.depth, torch.zeros_like(blocks[:, :2]))
 
+    @spanned("table")
     @torch.no_grad()
     def tables(self, t: Tensor, r: Tensor) -> StepTables:
         checks.shape("r", r, *t.shape)
