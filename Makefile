@@ -22,7 +22,7 @@ log := $(VENV)/imf_kernels-install.log
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
-demo: $(installed) ## The whole method on real audio, on a laptop (options: ARGS=...)
+demo: $(installed) ## The whole method on speech of espeak-ng, on a laptop (options: ARGS=...)
 	$(py) -m examples.quickstart $(ARGS)
 
 test: $(installed) ## The tests, in a process per core (options: ARGS="-k euler")

@@ -13,7 +13,7 @@ import imf_kernels
 from imf_kernels import hosts
 
 project, release = "imf_kernels", imf_kernels.__version__
-author = "The imf_kernels developers"
+author = project_copyright = "The imf_kernels developers"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
@@ -24,6 +24,7 @@ myst_heading_anchors = 3
 default_role = "py:obj"  # a docstring's `code`: a link where it names something
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # `buckets=DEFAULT`, not the 42 of them
 autodoc_typehints_format = "short"
 napoleon_use_param = False  # it would take `t, r: ...` for a type and a name
 napoleon_custom_sections = [("Attributes", "params_style")]
@@ -45,6 +46,7 @@ INTERNAL = (  # in signatures, not exported
     "models.scope.CacheSizes",
     "models.scope.Extension",
     "models.scope.Whole",
+    "o3s.sharding.Items",
     "o3s.sharding.Sharded",
     "rows.Rows",
 )
@@ -71,15 +73,17 @@ def write_reference(app: Sphinx) -> None:
     folder = Path(app.srcdir) / "api"
     folder.mkdir(exist_ok=True)
     names = public_modules()
-    elsewhere = [
-        name
+    elsewhere = {
+        name: room
         for name in imf_kernels.__all__
-        if getattr(getattr(imf_kernels, name), "__module__", "").startswith(tuple(names[1:]))
-    ]
+        for room in names[1:]
+        if getattr(getattr(imf_kernels, name), "__module__", "").startswith(room)
+    }
     for name in names:
         page = f"{name}\n{'=' * len(name)}\n\n.. automodule:: {name}\n   :members:\n"
         if name == imf_kernels.__name__:
-            page += f"   :exclude-members: {', '.join(elsewhere)}\n"
+            page += f"   :exclude-members: {', '.join(elsewhere)}\n\n"
+            page += "".join(f"- :py:obj:`{room}.{name}`\n" for name, room in elsewhere.items())
         path = folder / f"{name}.rst"
         if not path.exists() or path.read_text() != page:
             path.write_text(page)
@@ -109,8 +113,17 @@ def readable(app: Sphinx, kind: str, name: str, found: object, options: object, 
     return tuple(part and part.replace("<factory>", "...") for part in shown)
 
 
+def without_aliases(
+    app: Sphinx, kind: str, name: str, found: object, options: object, lines: list[str]
+) -> None:
+    """Fields of named tuples without the docstrings that Python gives them."""
+    if lines and lines[0].startswith("Alias for field number"):
+        lines.clear()
+
+
 def setup(app: Sphinx) -> None:
     app.connect("builder-inited", write_reference)
     app.connect("source-read", from_pages)
     app.connect("include-read", from_root)
     app.connect("autodoc-process-signature", readable)
+    app.connect("autodoc-process-docstring", without_aliases)

@@ -21,7 +21,7 @@ EPSS_TABLES: dict[int, tuple[int, ...]] = {
     12: (0, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32),
     16: (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32),
 }
-"""Fast F5-TTS's empirically pruned step positions, in 1/32, before sway."""
+"""Fast F5-TTS's empirically pruned step positions (arXiv 2505.19931), in 1/32, before sway."""
 
 
 def uniform(nfe: int) -> Tensor:

@@ -119,7 +119,7 @@ def _nvtx() -> Callable[[str, int | None], Span]:
         import nvtx
     except ImportError as error:
         raise ImportError(
-            "profiling: expected the package nvtx (pip install 'imf_kernels[profile]'), got none"
+            "profiling: expected the package nvtx (pip install '.[profile]'), got none"
         ) from error
     domain = nvtx.get_domain(DOMAIN)
 

@@ -26,6 +26,7 @@ from benchmarks import (
 from benchmarks.timing import Ceilings, interleaved
 from imf_kernels import dispatch, sampler
 from imf_kernels.ops import modulated_layer_norm
+from tests import pages
 
 
 @pytest.fixture(autouse=True)
@@ -350,6 +351,18 @@ def test_operations_of_an_evaluation(tmp_path):
         assert row["a block"] <= 8
         assert row["operations"] <= most
         assert row["names"]["imf_kernels.attention.default"] == blocks
+
+    page = " ".join((pages.ROOT / "docs/backends.md").read_text().split())
+    dit, packed, training = (
+        rows[f"f5_v1{kind}"] for kind in (", unguided", " packed, guided", " in training")
+    )
+    unet, client = rows["cosyvoice2, unguided"], rows.get("F5-TTS's own, unguided")
+    assert f"the DiT is {dit['a block']} operations a block and {dit['operations']} in all" in page
+    assert f"packed and guided {packed['operations']}" in page
+    assert f"{training['a block']} a block in training" in page
+    assert f"U-Net is {unet['a block']} a block and {unet['operations']}." in page
+    if client is not None:
+        assert f"own: {client['a block']} and {client['operations']:,};" in page
 
 
 def test_flops_of_an_evaluation():

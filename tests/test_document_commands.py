@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import importlib.util
+import inspect
 import io
 import itertools
 import re
@@ -13,12 +15,15 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import typing
 from functools import cache, reduce
 
 import pytest
 import yaml
 
 import imf_kernels
+from imf_kernels.distill import config, schema
+from imf_kernels.evaluate import SCORERS
 from tests import pages
 
 OURS = ("benchmarks", "docs", "examples", "imf_kernels")
@@ -73,6 +78,8 @@ def test_modules_and_their_options(page):
             told = usage(module)
             for option in options:
                 assert re.search(rf"{option}\b", told), line
+        for metrics in re.findall(r"--metrics ([\w,]+)", line):
+            assert set(metrics.split(",")) <= set(SCORERS), line
 
 
 @cache
@@ -88,10 +95,21 @@ def usage(module):
 
 @each_page
 def test_extras(page):
-    project = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())["project"]
     for line in commands(page):
         for extras in re.findall(r"(?:^|')\.\[([\w,]+)\]", line):
-            assert set(extras.split(",")) <= set(project["optional-dependencies"]), line
+            assert set(extras.split(",")) <= extras_there(), line
+
+
+def test_extras_of_messages():
+    """The code's messages install from a clone, as the pages do."""
+    told = "\n".join(sources().values())
+    assert not re.search(r"imf.kernels\[", told)
+    assert {"eval", "profile"} <= set(re.findall(r"'\.\[(\w+)\]'", told)) <= extras_there()
+
+
+def extras_there():
+    project = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())["project"]
+    return set(project["optional-dependencies"])
 
 
 @each_page
@@ -99,13 +117,50 @@ def test_paths(page):
     for line in commands(page):
         for path in re.findall(rf"(?:^|[ =])((?:{'|'.join(FOLDERS)})/[\w./*<>-]*)", line):
             assert "<" in path or list(pages.ROOT.glob(path.rstrip("/"))), line
+    for path in pages.inline_code(page):
+        if re.fullmatch(r"[\w/]+\.py", path):
+            places = (pages.ROOT / path).exists(), *(pages.ROOT / "imf_kernels").rglob(path)
+            assert any(places) or list((pages.ROOT / "tests").rglob(path)), path
+
+
+MEANT = {name: [f"imf_kernels.{name}"] for name in imf_kernels.__all__} | {
+    "cosyvoice": ["imf_kernels.hosts.cosyvoice"],
+    "f5_tts": ["imf_kernels.hosts.f5_tts"],
+    "model": ["imf_kernels.models.DiT", "imf_kernels.models.StepTokenDiT"],
+    "sampler": ["imf_kernels.sampler", "imf_kernels.graphs.GraphSampler"],
+    "service": ["imf_kernels.graphs.GraphSampler"],
+    "settings": ["imf_kernels.distill.settings"],
+    "state": ["imf_kernels.objectives.state"],
+    "stats()": ["imf_kernels.graphs.engine.Stats"],
+}
+"""Where a page's `name.attribute` is to be found."""
+
+SECTIONS = typing.get_type_hints(config.Config)
+NAMED_CLASSES = {
+    "objective": config.OBJECTIVES,
+    "data.dataset": config.DATASETS,
+    "data.collate": config.COLLATES,
+}
 
 
 @each_page
-def test_names(page):
+def test_names_and_keys(page):
+    """Attributes of what is public, with a call's keywords; and keys of a run's document."""
     for code in pages.inline_code(page):
-        for name in re.findall(r"^imf_kernels(?:\.\w+)+(?=$|\()", code):
-            assert named(name) is not None
+        found = re.match(r"imf_kernels(?:\.\w+)+(?=$|\()", code)
+        if found:
+            assert named(found[0]) is not None
+        found = re.match(r"([\w()]+)\.([\w.]+)(\(.*\))?", code)
+        if not found or found[1] not in MEANT.keys() | SECTIONS or code.endswith(".py"):
+            continue
+        if code == "model.model.flow":  # CosyVoice's
+            continue
+        call = ast.parse(code).body[0] if found[3] else None
+        homes = [named(home) for home in MEANT.get(found[1], ())]
+        right = any(fits(home, found[2], call) for home in homes)
+        keys = found[2].split(".")
+        right |= call is None and found[1] in SECTIONS and known(keys, found[1], SECTIONS[found[1]])
+        assert right, code
 
 
 def named(name):
@@ -120,11 +175,38 @@ def named(name):
     return reduce(inside, rest, importlib.import_module(first))
 
 
+def fits(home, name, call):
+    """Whether a module or class has the name, and it takes the keywords of the call."""
+    if not hasattr(home, name):
+        return name in getattr(home, "__annotations__", {})
+    if call is None:
+        return True
+    outer = next(node for node in ast.walk(call) if isinstance(node, ast.Call))
+    accepted = inspect.signature(getattr(home, name)).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    return open_ended or {word.arg for word in outer.keywords} - {None} <= accepted.keys()
+
+
+def known(keys, path, hint):
+    """Whether a section of a document has such keys, by its annotations or those of what it names."""
+    if not keys:
+        return True
+    first, *rest = keys
+    if path in NAMED_CLASSES:
+        classes = (schema.imported(name, path) for name in NAMED_CLASSES[path].values())
+        return any(first in inspect.signature(one).parameters for one in classes)
+    for one in typing.get_args(hint) or (hint,):
+        if dataclasses.is_dataclass(one):
+            inner = typing.get_type_hints(one)
+            return first in inner and known(rest, f"{path}.{first}", inner[first])
+    return False
+
+
 @each_page
 def test_environment_variables(page):
     for line in commands(page):
         for name in re.findall(r"\bIMF_KERNELS_[A-Z_]+\b", line):
-            assert any(name in text for text in sources().values()), name
+            assert any(re.search(rf"\b{name}\b", text) for text in sources().values()), name
 
 
 def test_citations():
@@ -132,9 +214,10 @@ def test_citations():
     assert said["version"] == imf_kernels.__version__
     cited = {reference["url"].rpartition("/")[2] for reference in said["references"]}
     assert all(reference["authors"] for reference in said["references"])
-    objectives = (pages.ROOT / "imf_kernels/objectives").glob("*.py")
-    implemented = [arxiv for path in objectives for arxiv in PAPER.findall(path.read_text())]
-    assert len(set(implemented)) >= 4
+    package = pages.ROOT / "imf_kernels"
+    methods = (*(package / "objectives").glob("*.py"), package / "grids.py")
+    implemented = [arxiv for path in methods for arxiv in PAPER.findall(path.read_text())]
+    assert len(set(implemented)) >= 5
     assert cited >= {*implemented, *PAPER.findall(pages.README.read_text())}
 
 
@@ -149,6 +232,7 @@ def test_messages_are_those_of_the_code():
     assert len(messages) > 20
     said = "\n".join(text for source in sources().values() for text in strings(source))
     for message in messages:
+        assert set(re.findall(r"\w+", message)) - {"expected", "got"}, f"{message} is any message"
         parts = [re.escape(part) for part in message.split("…")]
         assert re.search("[^\n]*".join(parts), said), message
 

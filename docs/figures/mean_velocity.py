@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from matplotlib.figure import Figure
 
+from docs.figures import toy
+from docs.figures.source import digest
 from docs.figures.toy import Mixture
 from imf_kernels import sampler
 
-FILE, METADATA = "mean_velocity.svg", {"Date": None}
+FILE = "mean_velocity.svg"
+METADATA = {"Date": None, "Source": digest(__file__, toy.__file__)}
 
 
 def draw() -> Figure:

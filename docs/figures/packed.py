@@ -6,7 +6,9 @@ from itertools import accumulate
 
 from matplotlib.figure import Figure
 
-FILE, METADATA = "packed.svg", {"Date": None}
+from docs.figures.source import digest
+
+FILE, METADATA = "packed.svg", {"Date": None, "Source": digest(__file__)}
 LENGTHS = (320, 180, 260)
 COLORS = ("#0072B2", "#009E73", "#D55E00")
 

@@ -1,8 +1,7 @@
-"""Quality against the number of evaluations, from the committed runs of the demo."""
+"""Quality against the number of forward passes, from the committed runs of the demo."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -11,9 +10,11 @@ from statistics import mean
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
+from docs.figures.source import digest
+
 RESULTS = sorted((Path(__file__).parents[2] / "examples/quickstart/results").glob("*.json"))
 FILE = "quality.png"
-METADATA = {"Source": hashlib.sha256(b"".join(p.read_bytes() for p in RESULTS)).hexdigest()}
+METADATA = {"Source": digest(__file__, *RESULTS)}
 
 CURVES = (
     ("teacher", "teacher, guided", "#0072B2", "o-", 2),
@@ -23,12 +24,12 @@ CURVES = (
 PANELS = (
     ("to_teacher", "distance to the teacher's 32 steps"),
     ("frechet", "Fréchet distance of mel patches"),
-    ("c2st", "told from real speech (0.5: not at all)"),
+    ("c2st", "told from the corpus (0.5: not at all)"),
 )
 
 
 def draw() -> Figure:
-    """The x axis is evaluations of the network: a guided step is two."""
+    """The x axis is forward passes of the network: a guided step is two."""
     runs = [json.loads(path.read_text()) for path in RESULTS]
     found = defaultdict(list)
     for row in (row for run in runs for row in run["rows"] if row["grid"] == "uniform"):
@@ -54,7 +55,7 @@ def draw() -> Figure:
         axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xlabel("evaluations of the network")
+        axes.set_xlabel("forward passes (a guided step is two)")
         axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from matplotlib.figure import Figure
 
+from docs.figures import toy
+from docs.figures.source import digest
 from docs.figures.toy import Mixture
 from imf_kernels import o3s, sampler
 
-FILE, METADATA = "search.svg", {"Date": None}
+FILE = "search.svg"
+METADATA = {"Date": None, "Source": digest(__file__, toy.__file__)}
 
 
 def draw() -> Figure:

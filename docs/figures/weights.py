@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from matplotlib.figure import Figure
 
+from docs.figures.source import digest
 from imf_kernels.models import DiT, DiTConfig, TextConfig
 
-FILE, METADATA = "weights.svg", {"Date": None}
+FILE, METADATA = "weights.svg", {"Date": None, "Source": digest(__file__)}
 
 
 def draw() -> Figure:
@@ -21,12 +22,12 @@ def draw() -> Figure:
     axes = figure.subplots()
     axes.barh(0, kept, color="#0072B2")
     axes.barh(0, every - kept, left=kept, color="#E69F00")
-    for left, width, label in (
-        (0, kept, "text, attention, MLP"),
-        (kept, every - kept, "time embedding, modulation"),
+    for left, width, label, ink in (
+        (0, kept, "text, attention, MLP", "white"),
+        (kept, every - kept, "time embedding, modulation", "black"),
     ):
         said = f"{label}\n{width:.0f} M, {100 * width / every:.0f} %"
-        axes.text(left + width / 2, 0, said, ha="center", va="center", color="white")
+        axes.text(left + width / 2, 0, said, ha="center", va="center", color=ink)
     axes.set(xlim=(0, every), yticks=[], xlabel="million weights")
     axes.spines["left"].set_visible(False)
     return figure

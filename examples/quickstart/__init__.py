@@ -1,1 +1,1 @@
-"""The whole method on real audio, on a laptop: corpus, teacher, student, step search, report."""
+"""The whole method on speech of espeak-ng, on a laptop: corpus, teacher, student, step search, report."""

@@ -74,7 +74,7 @@ class _Engine:
         except ImportError as error:
             raise ImportError(
                 "the quickstart corpus is spoken by espeak-ng, which comes with the demo extra: "
-                'pip install "imf_kernels[demo]"'
+                "pip install '.[demo]'"
             ) from error
         library = ctypes.CDLL(espeakng_loader.get_library_path())
         data = espeakng_loader.get_data_path()

@@ -1,7 +1,7 @@
 """Distillation: a plain loop, and the trainer for long runs on many devices.
 
 `distill` is a template around an objective. `Trainer` adds ranks, accumulation, bfloat16, callbacks
-and checkpoints that survive anything; it stands on Hugging Face accelerate (`imf_kernels[train]`).
+and checkpoints that survive anything; it stands on Hugging Face accelerate (extra `train`).
 """
 
 from imf_kernels.distill.optimization import schedule

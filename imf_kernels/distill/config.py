@@ -392,7 +392,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     try:
         import yaml
     except ImportError as error:
-        raise ImportError("config: pip install 'imf-kernels[train]' (pyyaml)") from error
+        raise ImportError("config: pip install '.[train]' (pyyaml)") from error
     try:
         text = Path(path).read_text()
     except OSError as error:

@@ -62,7 +62,7 @@ def add_lora(
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ImportError("lora: pip install 'imf-kernels[lora]' (peft)") from error
+        raise ImportError("lora: pip install '.[lora]' (peft)") from error
     ends = [end for target in targets for end in TARGETS.get(target, (target,))]
     config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=ends)
     inject_adapter_in_model(config, student)

@@ -32,7 +32,7 @@ def connect(timeout: float = 30.0) -> Any:
         from accelerate.utils import InitProcessGroupKwargs
     except ImportError as error:
         raise ImportError(
-            "the trainer needs accelerate: install `imf_kernels[train]`, or use "
+            "the trainer needs accelerate: pip install '.[train]', or use "
             "`imf_kernels.distill.distill`, which needs torch alone"
         ) from error
     group = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout))

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 progress=progress,
             )
     except ImportError as error:
-        sys.exit(f"{error}: pip install 'imf_kernels[eval]'")
+        sys.exit(f"{error}: pip install '.[eval]'")
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     Console().print(table(report))

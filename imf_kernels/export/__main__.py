@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             frames=options.frames,
         )
     except ImportError as error:
-        sys.exit(f"{error}: pip install 'imf_kernels[export]'")
+        sys.exit(f"{error}: pip install '.[export]'")
     except (ValueError, OSError, RuntimeError, IndexError) as error:
         sys.exit(str(error))
     print(f"{report.path}: {report.nbytes} bytes, inputs {', '.join(report.inputs)}")

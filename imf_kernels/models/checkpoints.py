@@ -136,7 +136,7 @@ def _fetched(name: str) -> Path:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise ImportError(
-            f"path: {name} is on the hub: pip install 'imf-kernels[hub]' (huggingface_hub)"
+            f"path: {name} is on the hub: pip install '.[hub]' (huggingface_hub)"
         ) from error
     try:
         return Path(hf_hub_download(f"{owner}/{repo}", inner))

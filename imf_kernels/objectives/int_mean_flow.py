@@ -43,7 +43,7 @@ class IntMeanFlow(Stateful):
 
     Args:
         teacher: The guided teacher.
-        nfe: Sub-steps n of a rollout (the paper: 16; 2 loses little).
+        nfe: Sub-steps n of a rollout (the paper: 16, WER 1.60; 2: 1.83).
         spacing: Sub-step positions: "uniform", "sway", "cosine", or "jitter" (uniform, each
             interior time moved by up to half a sub-step, so that the student sees all times).
         intervals: How `[t, r]` is drawn with source "data".
