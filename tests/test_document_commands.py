@@ -188,7 +188,7 @@ def fits(home, name, call):
 
 
 def known(keys, path, hint):
-    """Whether a section of a document has such keys, by its annotations or those of what it names."""
+    """Whether a document's section has such keys, by annotations, or those of what it names."""
     if not keys:
         return True
     first, *rest = keys

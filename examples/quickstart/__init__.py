@@ -1,1 +1,1 @@
-"""The whole method on speech of espeak-ng, on a laptop: corpus, teacher, student, step search, report."""
+"""The whole method on espeak-ng's speech, on a laptop: corpus, teacher, student, search, report."""
