@@ -118,14 +118,14 @@ def run(code: str) -> dict:
 def test_import_is_light():
     found = run(
         "import json, sys, time, torch\n"
-        "before, start = set(sys.modules), time.perf_counter()\n"
+        "before, start = set(sys.modules), time.process_time()\n"
         "import imf_kernels\n"
-        "seconds = time.perf_counter() - start\n"
+        "seconds = time.process_time() - start\n"
         "print(json.dumps({'cuda': torch.cuda.is_initialized(), 'seconds': seconds,\n"
         "    'new': sorted({m.split('.')[0] for m in set(sys.modules) - before})}))"
     )
     assert not found["cuda"]
-    assert found["seconds"] < 5, "a second, with slack for a busy machine"
+    assert found["seconds"] < 3, "half a second of work, with slack"
     standard = {name for name in found["new"] if name in sys.stdlib_module_names or name[0] == "_"}
     third_party = set(found["new"]) - standard - {"imf_kernels", "triton"}
     assert not third_party - {"torch"}, third_party
