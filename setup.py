@@ -1,7 +1,8 @@
 """Builds the optional C++ extension imf_kernels._C with CMake; pyproject.toml holds all the rest.
 
-The build needs torch (so: `--no-build-isolation`), CMake >= 3.26 and a C++ compiler. Where one of
-them is missing or the build fails, the package is installed as pure Python and says so.
+The build needs torch (so: `--no-build-isolation`), CMake >= 3.26, a C++ compiler and Python's
+headers. Where one of them is missing or the build fails, the package is installed as pure Python
+and says so.
 
     IMF_KERNELS_NO_EXT=1    pure Python, whatever is there
     IMF_KERNELS_EXT=1       an extension that cannot be built is an error
@@ -66,6 +67,8 @@ class CMakeBuild(build_ext):
             raise CannotBuild("no torch in the build environment (give pip --no-build-isolation)")
         if not any(shutil.which(name, path=PATH) for name in _compilers()):
             raise CannotBuild(f"no C++ compiler found (looked for {', '.join(_compilers())})")
+        if not Path(sysconfig.get_path("include"), "Python.h").exists():
+            raise CannotBuild("no Python.h found (on Debian and Ubuntu it comes with python3-dev)")
 
         root = Path(torch.origin).parent
         nvcc, self.no_cuda = _nvcc(root)
