@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import imf_kernels
-from benchmarks import f5_client, report
+from benchmarks import f5_client, facts
 from benchmarks.workload import VOCABULARY
 from imf_kernels.models import CausalUNet, CausalUNetConfig, DiT, DiTConfig, TextConfig
 from imf_kernels.models.step_tables import StepTables
@@ -252,7 +252,7 @@ def main() -> None:
         if args.names:
             for operation, times in row["names"].items():
                 print(f"    {times:>5} {operation}")
-    report.write(args.out, results)
+    facts.write(args.out, results)
 
 
 _UNET_STACKS = 14

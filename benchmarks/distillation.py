@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import count, report
+from benchmarks import count, facts
 from benchmarks.timing import Run, interleaved
 from benchmarks.training import GUIDANCE, Trained, draw, peak_bytes, step, trained
 from benchmarks.workload import build
@@ -109,7 +109,7 @@ def measured(it: Trained, runs: Mapping[str, Loss], device: torch.device, rounds
             steps[name] = update
         except torch.OutOfMemoryError:
             held[name] = None
-        report.release()
+        facts.release()
     times = interleaved(steps, device, rounds, warm_ups=1)
     seconds = {name: taken.median / 1e3 for name, taken in times.items()}
     return {name: {"seconds": seconds.get(name), "bytes": held[name]} for name in runs}
@@ -132,7 +132,7 @@ def counted(it: Trained, runs: Mapping[str, Loss]) -> dict[str, dict[str, float]
     return found
 
 
-def measure(args: argparse.Namespace, found: report.Report, name: str, rows: int) -> None:
+def measure(args: argparse.Namespace, found: facts.Report, name: str, rows: int) -> None:
     """All runs of a part, on a batch of full rows."""
     device = torch.device(args.device)
     dtype = torch.float32 if name == "jvp" else getattr(torch, args.dtype)
@@ -216,7 +216,7 @@ def _divided(one: float | None, other: float | None) -> float | None:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = report.parser(__doc__, rounds=5)
+    found = facts.parser(__doc__, rounds=5)
     found.add_argument("--size", default="f5_base", choices=("f5_base", "tiny"))
     found.add_argument("--rows", type=int, default=40, help="of a batch, all of them full")
     found.add_argument("--frames", type=int, default=960, help="of a row")
@@ -228,12 +228,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = parser().parse_args()
-    found = report.Report("distillation", args)
+    found = facts.Report("distillation", args)
     for name in args.parts:
         for rows in (1, args.rows) if name == "jvp" else (args.rows,):
             with found.attempt(f"{name}, {rows} rows"):
                 measure(args, found, name, rows)
-            report.release()
+            facts.release()
     if not found.results["failures"] and args.parts == list(PARTS):
         print("", tables(found.results), sep="\n")
     return found.finish()

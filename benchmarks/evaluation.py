@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import report
+from benchmarks import facts
 from benchmarks.plain import PlainDiT, plain, plainly
 from benchmarks.timing import Ceilings, Run, graphed, on_device, synchronize
 from benchmarks.workload import (
@@ -118,7 +118,7 @@ def _each(run: Callable[[Any], Tensor], over: Iterable[Any]) -> Tensor:
 
 
 def fastest(
-    found: report.Report, label: str, candidates: dict[str, Run], device: torch.device, rounds: int
+    found: facts.Report, label: str, candidates: dict[str, Run], device: torch.device, rounds: int
 ) -> dict[str, Any]:
     graphs = {}
     for name, run in candidates.items():
@@ -130,7 +130,7 @@ def fastest(
 
 
 def library(
-    found: report.Report,
+    found: facts.Report,
     label: str,
     model: DiT,
     rows: int,
@@ -175,7 +175,7 @@ def kernels(run: Run, device: torch.device, most: int = 12) -> dict[str, Any]:
 
 def measure(
     args: argparse.Namespace,
-    found: report.Report,
+    found: facts.Report,
     model: DiT,
     twin: PlainDiT,
     exact: PlainDiT,
@@ -256,7 +256,7 @@ def emulated(device: torch.device) -> bool:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = report.parser(__doc__, rounds=20)
+    found = facts.parser(__doc__, rounds=20)
     found.add_argument("--size", default="f5_base", choices=("f5_base", "tiny"))
     found.add_argument("--seconds", nargs="+", type=float, default=[1, 3, 10, 30])
     found.add_argument("--prompt", type=float, default=PROMPT_SECONDS)
@@ -272,7 +272,7 @@ def main() -> int:
     wanted = {*args.columns, "ours"} - ({"fp8"} if emulated(device) else set())
     args.columns = [name for name in COLUMNS if name in wanted]
     ceilings = Ceilings.measure(device, dtype)
-    found = report.Report("evaluation", args, ceilings=ceilings._asdict())
+    found = facts.Report("evaluation", args, ceilings=ceilings._asdict())
     print(f"{HEADER}\n(milliseconds; of ours: multiples and kernels)")
     with torch.no_grad():
         model, rate = build(args.size, device, dtype)
@@ -288,7 +288,7 @@ def main() -> int:
         for label, lengths in shapes.items():
             with found.attempt(label):
                 measure(args, found, model, twin, exact, label, lengths, ceilings)
-            report.release()
+            facts.release()
     return found.finish()
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import imf_kernels
-from benchmarks import f5_client, report
+from benchmarks import f5_client, facts
 from benchmarks.timing import interleaved
 from imf_kernels import grids, guidance, sampler
 from imf_kernels.models import DiT
@@ -108,13 +108,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     rows.append(_row(f"default, {args.nfe} guided to 3", times, None))
     return {
-        "cpu": report.cpu_name(),
+        "cpu": facts.cpu_name(),
         "threads": args.threads,
         "size": args.size,
         "seconds": args.seconds,
         "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
-        "versions": report.versions("torch", "f5-tts", "torchdiffeq", "x-transformers"),
-        "commit": report.commit(),
+        "versions": facts.versions("torch", "f5-tts", "torchdiffeq", "x-transformers"),
+        "commit": facts.commit(),
         "backends": imf_kernels.backends(),
         "command": shlex.join(["python", "-m", "benchmarks.f5_sampler", *sys.argv[1:]]),
         "rows": rows,
@@ -154,7 +154,7 @@ def main() -> None:
     print(f"{'':<26}{'F5-TTS':>13}{'ours':>13}")
     for row in results["rows"]:
         print(line(row))
-    report.write(args.out, results)
+    facts.write(args.out, results)
 
 
 if __name__ == "__main__":

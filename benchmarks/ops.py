@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks import report
+from benchmarks import facts
 from benchmarks.plain import plainly
 from benchmarks.timing import Ceilings, Run, graphed, l2_bytes, on_device
 from benchmarks.workload import error, wrong
@@ -427,7 +427,7 @@ def contenders(case: Case, columns: list[str]) -> dict[str, Callable[..., Any]]:
 
 
 def right(
-    found: report.Report,
+    found: facts.Report,
     label: str,
     case: Case,
     size: Size,
@@ -463,7 +463,7 @@ def work(case: Case, call: Call, size: Size) -> tuple[int, float]:
 
 def measure(
     args: argparse.Namespace,
-    found: report.Report,
+    found: facts.Report,
     name: str,
     size_name: str,
     pass_name: str,
@@ -530,7 +530,7 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = report.parser(__doc__, rounds=20)
+    found = facts.parser(__doc__, rounds=20)
     found.add_argument("--ops", nargs="+", default=list(CASES), choices=CASES)
     found.add_argument("--sizes", nargs="+", default=["large", "speech", "speech8"], choices=SIZES)
     found.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
@@ -542,12 +542,12 @@ def main() -> int:
     args = parser().parse_args()
     args.columns = [name for name in COLUMNS if name in {*args.columns, "ours"}]
     ceilings = Ceilings.measure(torch.device(args.device), getattr(torch, args.dtype))
-    found = report.Report("ops", args, ceilings=ceilings._asdict())
+    found = facts.Report("ops", args, ceilings=ceilings._asdict())
     print(f"{HEADER}\n(one call; by how much ours is faster; of the measured copy or product)")
     for case in cases(args):
         with found.attempt(", ".join(case)):
             measure(args, found, *case, ceilings=ceilings)
-        report.release()
+        facts.release()
     return found.finish()
 
 

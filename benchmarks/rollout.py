@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import report
+from benchmarks import facts
 from benchmarks.plain import plain, plainly
 from benchmarks.timing import Ceilings, interleaved
 from benchmarks.workload import build, error, floor, ragged_lengths, request, wrong
@@ -81,7 +81,7 @@ COLUMNS = ("eager", "compile", "ours", "packed", "fp8")
 FP8_ERROR = 0.05
 
 
-def measure(args: argparse.Namespace, found: report.Report, nfe: int, ceilings: Ceilings) -> None:
+def measure(args: argparse.Namespace, found: facts.Report, nfe: int, ceilings: Ceilings) -> None:
     device = torch.device(args.device)
     model, rate = build(args.size, device, getattr(torch, args.dtype))
     lengths = ragged_lengths(args.frames, *(round(s * rate) for s in args.seconds))
@@ -136,7 +136,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = report.parser(__doc__, rounds=5)
+    found = facts.parser(__doc__, rounds=5)
     found.add_argument("--size", default="f5_base", choices=("f5_base", "tiny"))
     found.add_argument("--frames", type=int, default=38400, help="of all rows together")
     found.add_argument("--seconds", nargs=2, type=float, default=[3, 30], help="of a row")
@@ -149,14 +149,14 @@ def main() -> int:
     args = parser().parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     ceilings = Ceilings.measure(device, dtype)
-    found = report.Report("rollout", args, ceilings=ceilings._asdict())
+    found = facts.Report("rollout", args, ceilings=ceilings._asdict())
     print("nfe rows  frames  padded    floor" + "".join(f"{name:>19}" for name in COLUMNS))
     print("(milliseconds, speed against eager)")
     with torch.no_grad():
         for nfe in args.nfe:
             with found.attempt(f"NFE {nfe}"):
                 measure(args, found, nfe, ceilings)
-            report.release()
+            facts.release()
     return found.finish()
 
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import report
+from benchmarks import facts
 from benchmarks.plain import Compiled, PlainDiT, plain, plainly
 from benchmarks.timing import Ceilings, interleaved, milliseconds
 from benchmarks.workload import PROMPT_SECONDS, SIZES, build, error, floor, request, wrong
@@ -178,7 +178,7 @@ def new_grid(args: argparse.Namespace, ours: GraphSampler, rate: float) -> dict[
 def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int:
     ceilings = Ceilings.measure(device, dtype)
     more: dict[str, Any] = {"ceilings": ceilings._asdict(), "new_grid_ms": {}, "graphs": {}}
-    found = report.Report("solver_graphs", args, **more)
+    found = facts.Report("solver_graphs", args, **more)
     for name, nfe in itertools.product(args.models, args.nfe):
         model, rate = build(name, device, dtype)
         models, label = Models.of(model), f"{name}, NFE {nfe}"
@@ -198,7 +198,7 @@ def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) 
                 "bytes_held": stats.bytes_held,
                 "fallbacks": dict(stats.fallbacks),
             }
-        report.release()
+        facts.release()
     return found.finish()
 
 
@@ -226,7 +226,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = report.parser(__doc__, rounds=30)
+    parser = facts.parser(__doc__, rounds=30)
     parser.add_argument("--models", nargs="+", default=["f5_base", "cosyvoice3"], choices=SIZES)
     parser.add_argument("--seconds", nargs="+", type=float, default=[1, 3, 10, 30])
     parser.add_argument("--prompt", nargs="+", type=float, default=[0, PROMPT_SECONDS])

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import report
+from benchmarks import facts
 from benchmarks.timing import milliseconds
 from benchmarks.workload import error
 from imf_kernels import guidance, sampler
@@ -157,7 +157,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = report.parser(__doc__, rounds=1)
+    found = facts.parser(__doc__, rounds=1)
     found.add_argument("--seconds", type=int, nargs="+", default=[5, 10, 30])
     found.add_argument("--nfe", type=int, nargs="+", default=list(STEPS), choices=STEPS)
     found.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
@@ -170,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = parser().parse_args()
     torch.set_num_threads(args.threads)
-    found = report.Report("streaming", args, threads=args.threads, quick=args.quick)
+    found = facts.Report("streaming", args, threads=args.threads, quick=args.quick)
     print(f"{HEADER}\n(incremental / solving the prefix again)")
     for name in args.models:
         for nfe in args.nfe:

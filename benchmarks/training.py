@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import report
+from benchmarks import facts
 from benchmarks.plain import plain, plainly
 from benchmarks.timing import Run, interleaved, synchronize
 from benchmarks.workload import build, error, ragged_lengths, request, wrong
@@ -103,7 +103,7 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
 
 def right(
     args: argparse.Namespace,
-    found: report.Report,
+    found: facts.Report,
     model: DiT,
     drawn: tuple[Batch, TeacherRollout],
     checkpointing: bool,
@@ -127,7 +127,7 @@ def right(
 
 
 def measure(
-    args: argparse.Namespace, found: report.Report, model: DiT, rate: float, checkpointing: bool
+    args: argparse.Namespace, found: facts.Report, model: DiT, rate: float, checkpointing: bool
 ) -> None:
     device = torch.device(args.device)
     lengths = ragged_lengths(args.frames, *(round(s * rate) for s in args.seconds))
@@ -176,7 +176,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = report.parser(__doc__, rounds=7)
+    found = facts.parser(__doc__, rounds=7)
     found.add_argument("--size", default="f5_base", choices=("f5_base", "tiny"))
     found.add_argument("--frames", type=int, default=9600, help="of all rows together")
     found.add_argument("--seconds", nargs=2, type=float, default=[3, 30], help="of a row")
@@ -189,13 +189,13 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = parser().parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    found = report.Report("training", args)
+    found = facts.Report("training", args)
     model, rate = build(args.size, device, dtype)
     print(f"{HEADER}\n(milliseconds of a step, speed against eager, memory)")
     for checkpointing in args.checkpointing:
         with found.attempt(f"checkpointing {checkpointing}"):
             measure(args, found, model, rate, checkpointing == "yes")
-        report.release()
+        facts.release()
     return found.finish()
 
 
