@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -21,6 +22,17 @@ import torch
 import imf_kernels
 from imf_kernels.files import replacing
 
+PACKAGES = (
+    "torch",
+    "triton",
+    "flash-attn",
+    "f5-tts",
+    "torchdiffeq",
+    "x-transformers",
+    "vocos",
+    "pytest-benchmark",
+)
+
 
 def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     """The options that all scripts share."""
@@ -33,15 +45,20 @@ def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     return found
 
 
-def facts(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Where, with what and how `benchmarks.<name>` runs."""
+def facts(
+    device: torch.device, dtype: str, command: list[str], known: str | None = None
+) -> dict[str, Any]:
+    """Where, with what and how something runs; `known` is the commit where git does not know it."""
+    environment = ("OMP_NUM_THREADS", "MALLOC_", "IMF_KERNELS_")
     return {
-        **machine(torch.device(args.device)),
-        "dtype": args.dtype,
-        "versions": versions("torch", "triton"),
-        "commit": args.commit or commit(),
+        **machine(device),
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(environment)},
+        "versions": versions(*PACKAGES),
+        "commit": known or commit(),
         "backends": imf_kernels.backends(),
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": shlex.join(command),
     }
 
 
@@ -106,7 +123,9 @@ class Report:
     def __init__(self, name: str, args: argparse.Namespace, **more: Any) -> None:
         torch.backends.cudnn.allow_tf32 = False  # what is compared with is float32
         self.out: Path | None = args.out
-        self.results = {**facts(name, args), **more, "rows": [], "failures": []}
+        command = ["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]
+        told = facts(torch.device(args.device), args.dtype, command, args.commit)
+        self.results = {**told, **more, "rows": [], "failures": []}
 
     def add(self, row: dict[str, Any], line: str) -> None:
         self.results["rows"].append(row)

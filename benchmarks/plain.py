@@ -1,7 +1,8 @@
-"""The DiT as plain PyTorch has it, with the same weights: what this library is measured against.
+"""The models as plain PyTorch has them, same weights: what this library is measured against.
 
-Position convolutions, three projections, rotary positions in float32, LayerNorm and modulation in
-the model's dtype, scaled_dot_product_attention, all rows side by side in padding.
+DiT: position convolutions, three projections, rotary positions in float32, LayerNorm and modulation in
+the model's dtype. CausalUNet: causal convolutions, LayerNorm and Mish one after the other. Both with
+scaled_dot_product_attention, all rows side by side in padding.
 `imf_kernels.backend` decides the rest (Euler step, loss), so contenders run `plainly`.
 """
 
@@ -19,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 import imf_kernels
 from imf_kernels import masks
-from imf_kernels.models import Conditioning, DiT
+from imf_kernels.models import CausalUNet, Conditioning, DiT
 from imf_kernels.models.dit import Block
+from imf_kernels.models.estimator import Estimator
 from imf_kernels.models.positions import CausalConvPositionEmbedding, GroupedConv
+from imf_kernels.models.scope import Scope
 from imf_kernels.models.step_tables import Modulation
 from imf_kernels.rows import Rows
 
@@ -61,10 +64,32 @@ class PlainDiT(DiT):
         return _norm(x, shift, scale).flatten(0, 1)
 
 
-def plain(model: DiT, masked: bool = True) -> PlainDiT:
+class PlainUNet(CausalUNet):
+    masked = True
+
+    def _evaluate(
+        self, x: Tensor, conditions: Tensor, modulation: Modulation, scope: Scope
+    ) -> Tensor:
+        rows = scope.rows
+        x, given = (each.unflatten(0, (-1, rows.longest)) for each in (x, conditions))
+        mask = masks.inside(rows.lengths, rows.longest)[:, None, None] if self.masked else None
+        first, *between, last = (shift.to(x.dtype) for shift in modulation.blocks)
+        skip = _stage(self._down, x, first, mask, given)
+        h = _conv(self._down.conv, skip)
+        for stage, shift in zip(self.mid_blocks, between, strict=True):
+            h = _stage(stage, h, shift, mask)
+        h = _stage(self._up, torch.cat([h, skip], dim=-1), last, mask)
+        h = _conv_block(self.final_block, _conv(self._up.conv, h))
+        return _conv(self.final_proj, h).flatten(0, 1)
+
+
+PLAIN: dict[type[Estimator], type[Estimator]] = {DiT: PlainDiT, CausalUNet: PlainUNet}
+
+
+def plain(model: Estimator, masked: bool = True) -> Any:
     """A copy of the model, its blocks in plain PyTorch."""
     twin: Any = copy.deepcopy(model)
-    twin.__class__ = PlainDiT
+    twin.__class__ = PLAIN[type(model)]
     twin.masked = masked
     return twin
 
@@ -86,9 +111,9 @@ class Compiled:
     (`torch.compile(model)` compiles `forward` alone.)
     """
 
-    def __init__(self, model: DiT) -> None:
+    def __init__(self, model: Any, backend: str = "inductor") -> None:
         self.dtype, self.tables = model.dtype, model.tables
-        self.evaluate = torch.compile(model.evaluate, dynamic=False)
+        self.evaluate = torch.compile(model.evaluate, dynamic=False, backend=backend)
 
 
 def _positions(embed: Any, x: Tensor, inside: Tensor | None) -> Tensor:
@@ -134,3 +159,35 @@ def _rotated(x: Tensor, rope: Tensor, heads: int | None) -> Tensor:
     pairs = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
     turned = pairs.flatten(-2).to(x.dtype)
     return turned if heads == x.shape[2] else torch.cat([turned, x[:, :, heads:]], dim=2)
+
+
+def _stage(
+    stage: Any, x: Tensor, shift: Tensor, mask: Tensor | None, given: Tensor | None = None
+) -> Tensor:
+    """`x` `(R, N, C)`; `given` is the other input channels' share in the first convolutions."""
+    of_h, of_residual = (None, None) if given is None else given.chunk(2, dim=-1)
+    resnet = stage.resnet
+    h = _conv_block(resnet.block1, x, of_h) + shift[:, None]
+    h = _conv_block(resnet.block2, h) + _conv(resnet.res_conv, x, of_residual)
+    for block in stage[1]:
+        attn, y = block.attn1, block.norm1(h)
+        q, k, v = (layer(y).unflatten(-1, (attn.heads, -1)) for layer in attn.projections)
+        heads = (part.transpose(1, 2) for part in (q, k, v))
+        y = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+        h = h + attn.to_out[0](y.transpose(1, 2).flatten(2))
+        widening, _, narrowing = block.ff.net
+        h = h + narrowing(F.gelu(widening.proj(block.norm3(h))))
+    return h
+
+
+def _conv_block(block: Any, x: Tensor, given: Tensor | None = None) -> Tensor:
+    return F.mish(block.block[2](_conv(block.conv, x, given)))
+
+
+def _conv(conv: Any, x: Tensor, given: Tensor | None = None) -> Tensor:
+    """Over each frame and those before it; `given` has the bias in it."""
+    weight = conv.weight[:, : x.shape[-1]]
+    h = F.pad(x.transpose(1, 2), (weight.shape[2] - 1, 0))
+    if given is None:
+        return F.conv1d(h, weight, conv.bias).transpose(1, 2)
+    return F.conv1d(h, weight).transpose(1, 2) + given

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Run = Callable[[], Any]
+Clock = Callable[[Run, torch.device], float]
 
 SPAN = 2.0
 """Milliseconds that a measurement on the device lasts at least."""
@@ -35,39 +36,49 @@ def milliseconds(run: Run, device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def interleaved(
+def turns(
     contenders: Mapping[str, Run],
     device: torch.device,
     rounds: int,
-    warm_ups: int = 3,
-    clock: Callable[[Run, torch.device], float] = milliseconds,
-) -> dict[str, Times]:
-    """Time each contender once per round, in turn, so that drift of the machine meets all alike."""
-    for run in contenders.values():
-        for _ in range(warm_ups):
-            run()
+    clock: Clock = milliseconds,
+) -> dict[str, list[float]]:
+    """Milliseconds of each contender in every round: in turn, so that drift of the machine meets
+    all alike, and a round's are a pair. They have run before."""
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
             taken[name].append(clock(run, device))
-    return {name: _summary(values) for name, values in taken.items()}
+    return taken
 
 
-def on_device(contenders: Mapping[str, Run], device: torch.device, rounds: int) -> dict[str, Times]:
+def interleaved(
+    contenders: Mapping[str, Run], device: torch.device, rounds: int, warm_ups: int = 3
+) -> dict[str, Times]:
+    """Contenders in turn, after warm-ups."""
+    for run in contenders.values():
+        for _ in range(warm_ups):
+            run()
+    return {name: summary(ms) for name, ms in turns(contenders, device, rounds).items()}
+
+
+def turns_on_device(
+    contenders: Mapping[str, Run], device: torch.device, rounds: int
+) -> dict[str, list[float]]:
     """What each contender takes of the device alone, in turn: for graphs and single kernels.
 
     A contender is repeated without a pause for `SPAN` or longer. The CPU, which has no such thing
-    as launches, is timed by `interleaved`.
+    as launches, is timed by `turns`.
     """
     if device.type != "cuda":
-        return interleaved(contenders, device, rounds, warm_ups=1)
+        return turns(contenders, device, rounds)
     repeats, chains = {}, {}
     for name, run in contenders.items():
         run()
         repeats[name] = math.ceil(SPAN / max(device_milliseconds(run, device), 1e-3))
         chains[name] = functools.partial(_repeat, run, repeats[name])
-    times = interleaved(chains, device, rounds, warm_ups=1, clock=device_milliseconds)
-    return {name: Times(*(ms / repeats[name] for ms in times[name])) for name in times}
+        chains[name]()
+    taken = turns(chains, device, rounds, clock=device_milliseconds)
+    return {name: [ms / repeats[name] for ms in taken[name]] for name in taken}
 
 
 def device_milliseconds(run: Run, device: torch.device) -> float:
@@ -129,7 +140,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _summary(values: list[float]) -> Times:
+def summary(values: list[float]) -> Times:
     if len(values) < 2:
         return Times(*(3 * values[:1]))
     deciles = statistics.quantiles(values, n=10, method="inclusive")
@@ -148,10 +159,8 @@ class Ceilings(NamedTuple):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         source = torch.empty(2**28 if device.type == "cuda" else 2**22, device=device)
         target = torch.empty_like(source)
-        times = on_device(
-            {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, rounds=10
-        )
-        return cls(
-            2 * n**3 / times["product"].median * 1e3,
-            2 * source.nbytes / times["copy"].median * 1e3,
-        )
+        runs: dict[str, Run] = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
+        turns_on_device(runs, device, rounds=1)
+        taken = turns_on_device(runs, device, rounds=10)
+        ms = {name: statistics.median(values) for name, values in taken.items()}
+        return cls(2e3 * n**3 / ms["product"], 2e3 * source.nbytes / ms["copy"])

@@ -4,31 +4,48 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.timing import Ceilings
-from imf_kernels.models import DiT, DiTConfig, TextConfig
+from imf_kernels.models import CausalUNet, CausalUNetConfig, DiT, DiTConfig, TextConfig
 
-SIZES = {
-    "f5_base": ("f5_v1", {"dim": 1024, "depth": 22, "heads": 16}, 93.75),
-    "cosyvoice3": ("cosyvoice3", {"dim": 1024, "depth": 22, "heads": 16}, 50.0),
+F5_BASE = {"dim": 1024, "depth": 22, "heads": 16}
+F5_SMALL = {"dim": 768, "depth": 18, "heads": 12}
+SIZES: dict[str, tuple[str, dict[str, int], float]] = {
+    "f5_base": ("f5_v1", F5_BASE, 93.75),
+    "f5_small": ("f5_v1", F5_SMALL, 93.75),
+    "cosyvoice2": ("cosyvoice2", {}, 50.0),
+    "cosyvoice3": ("cosyvoice3", F5_BASE, 50.0),
     "tiny": ("f5_v1", {"dim": 64, "depth": 2, "heads": 1}, 93.75),
+    "tiny_cosyvoice2": ("cosyvoice2", {"dim": 32, "mid_blocks": 1, "depth": 1, "heads": 1}, 50.0),
+    "tiny_cosyvoice3": ("cosyvoice3", {"dim": 64, "depth": 2, "heads": 1}, 50.0),
 }
+"""The family of every model, its sizes, and mel frames a second."""
 VOCABULARY = 2545
 PROMPT_SECONDS = 3.3
 
 
-def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[DiT, float]:
-    """A student with random weights (an untrained one would answer 0), and its frames a second."""
-    variant, sizes, rate = SIZES[name]
-    text = TextConfig(vocab=VOCABULARY) if variant.startswith("f5") else None
+def build(
+    name: str, device: torch.device, dtype: torch.dtype, depth: int | None = None
+) -> tuple[Any, float]:
+    """A student with random weights (an untrained DiT would answer 0), and its frames a second.
+
+    It equals a teacher with the same weights: its mixer is the identity. `depth` cuts it.
+    """
+    family, sizes, rate = SIZES[name]
+    sizes = sizes if depth is None else {**sizes, "depth": depth}
     torch.manual_seed(0)
     with device:
-        model = DiT(DiTConfig.for_variant(variant, text=text, mixer=True, **sizes))
+        if family == "cosyvoice2":
+            model: Any = CausalUNet(CausalUNetConfig(mixer=True, **sizes))
+        else:
+            text = TextConfig(vocab=VOCABULARY) if family.startswith("f5") else None
+            model = DiT(DiTConfig.for_variant(family, text=text, mixer=True, **sizes))
         for name, parameter in model.named_parameters():
-            if "linear" in name or "proj_out" in name:
+            if isinstance(model, DiT) and ("linear" in name or "proj_out" in name):
                 torch.nn.init.normal_(parameter, std=0.02)
     model = model.to(dtype).eval().requires_grad_(False)
     model.fuse_weights()
@@ -36,16 +53,16 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[DiT, flo
 
 
 def request(
-    model: DiT, rows: int, frames: int, prompt: int, lengths: Sequence[int] | None = None
+    model: Any, rows: int, frames: int, prompt: int, lengths: Sequence[int] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Noise, and the arguments of `prepare`; `lengths` in place of rows that are all full."""
-    device, channels = model.proj_out.weight.device, model.config.channels
+    device, channels = model.last.weight.device, model.config.channels
     given = {
         "prompt": torch.randn(rows, frames, channels, device=device),
         "lengths": torch.tensor(lengths or [frames] * rows, device=device),
     }
     given["prompt"][:, prompt:] = 0
-    if model.text_embed is not None:
+    if "text" in model.inputs:
         given["text"] = torch.randint(VOCABULARY, (rows, max(frames // 6, 1)), device=device)
     else:
         given["mu"] = torch.randn(rows, frames, channels, device=device)
@@ -63,10 +80,10 @@ def ragged_lengths(total: int, shortest: int, longest: int) -> list[int]:
     return lengths
 
 
-def floor(model: DiT, lengths: Iterable[int], nfe: int, ceilings: Ceilings) -> float:
-    """Milliseconds of one solve at the device's limit: GEMMs, convolutions, attention, weights.
+def work(model: DiT, lengths: Iterable[int], nfe: int) -> tuple[float, float]:
+    """FLOPs and bytes that a solve cannot do without: GEMMs, convolutions, attention, weights.
 
-    `lengths` are the frames of every row that is evaluated.
+    `lengths` are the frames of every row that is evaluated, those of both branches when guided.
     """
     config = model.config
     dim, inner = config.dim, config.heads * config.head_dim
@@ -78,7 +95,16 @@ def floor(model: DiT, lengths: Iterable[int], nfe: int, ceilings: Ceilings) -> f
         for name, p in model.named_parameters()
         if "norm" not in name and "text" not in name
     )
-    return 1e3 * nfe * max(flops / ceilings.flops, weights / ceilings.bandwidth)
+    return nfe * flops, nfe * weights
+
+
+def floor(model: DiT, lengths: Iterable[int], nfe: int, ceilings: Ceilings) -> float:
+    """Seconds of one solve at the device's limit."""
+    return limit(*work(model, lengths, nfe), ceilings)
+
+
+def limit(flops: float, nbytes: float, ceilings: Ceilings) -> float:
+    return max(flops / ceilings.flops, nbytes / ceilings.bandwidth)
 
 
 def error(got: Tensor, want: Tensor) -> float:
