@@ -84,8 +84,8 @@ def label(row: Row) -> str:
     for name, value in told.items():
         if isinstance(value, bool):
             words.extend([name] if value else [])
-        elif not isinstance(value, list):
-            words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+        else:
+            words.append(value if isinstance(value, str) else f"{name} {value:g}")
     return ", ".join(words)
 
 

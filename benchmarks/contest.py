@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks import facts, timing
 from benchmarks.timing import Clock, Run, milliseconds
 
 Row = dict[str, Any]
 """What tells a row from others: numbers and words, as the results state it."""
+
+
+Gate = Callable[[Any], tuple[float, float]]
+"""Of a result: its error, and the largest that is accepted."""
 
 
 class Unavailable(Exception):
@@ -91,17 +94,14 @@ class Contest:
         self,
         name: str,
         make: Callable[[], Run],
-        error: Callable[[Any], float] | None = None,
-        bound: float | None = None,
+        gate: Gate,
         *,
         role: str = "peer",
         **told: Any,
     ) -> None:
-        """A contender: `make` prepares it, its first call's result is checked.
+        """A contender: `make` prepares it, a result is checked.
 
         Args:
-            error: Of a result. None: it has been checked, `told` says how.
-            bound: The largest error that is accepted.
             role: "ours" or "baseline", without which there is no row; or "peer", whose exceptions
                 leave it out.
             told: What else its record says.
@@ -113,10 +113,10 @@ class Contest:
             result = run()
             timing.synchronize(self.device)
             seconds = time.perf_counter() - start
-            if error is not None:
-                told |= {"error": error(result), "bound": bound}
-            if "bound" in told and not told["error"] <= told["bound"]:  # NaN is beyond it
-                self.wrong[name] = f"error {told['error']:.2e}, expected {told['bound']:.2e}"
+            error, bound = gate(result)
+            if not error <= bound:  # NaN is beyond it
+                self.wrong[name] = f"error {error:.2e}, at most {bound:.2e} expected"
+            told |= {"error": error, "bound": bound}
             self.contenders[name] = Contender(run, role, seconds, told)
         except (Unavailable, torch.OutOfMemoryError) as why:
             self.leave_out(name, str(why).splitlines()[0])
@@ -130,12 +130,31 @@ class Contest:
         if name in self.contenders:
             self.contenders[name].told |= told
 
-    def time(self, clock: Clock | None = milliseconds, calls: int = 1) -> dict[str, float]:
-        """Time all, make their records, and return the medians in seconds.
+    def time(
+        self, clock: Clock | None = milliseconds, *, calls: int = 1, share: float = 1.0
+    ) -> None:
+        """Time all in turn, and make their records.
 
         Args:
             clock: None: of the device alone (`timing.turns_on_device`), where the L2 is cold.
-            calls: What a run does so many of, each like the other.
+            calls: How many calls, each like the other, a run makes.
+            share: Of the seconds that a row is timed.
+        """
+        self.settle()
+        runs = {name: contender.run for name, contender in self.contenders.items()}
+        rounds = self.rounds(share)
+        if clock is None:
+            taken = timing.turns_on_device(runs, self.device, rounds)
+        else:
+            taken = timing.turns(runs, self.device, rounds, clock)
+        for name, ms in taken.items():
+            self.record(name, [value / 1e3 / calls for value in ms])
+
+    def settle(self) -> None:
+        """Whether there is a row.
+
+        Raises:
+            Failed, Skipped: pytest's, where a result is wrong, the baseline missing, or ours.
         """
         if self.wrong:
             why = "; ".join(f"{name}: {error}" for name, error in self.wrong.items())
@@ -143,32 +162,21 @@ class Contest:
             pytest.fail(f"wrong results: {why}", pytrace=False)
         for role in ("baseline", "ours"):
             if all(contender.role != role for contender in self.contenders.values()):
-                self.leave_out(None, f"without {role}")
-                pytest.skip(f"without {role}")
-        runs = {name: contender.run for name, contender in self.contenders.items()}
-        rounds = self._rounds()
-        if clock is None:
-            taken = timing.turns_on_device(runs, self.device, rounds)
-        else:
-            taken = timing.turns(runs, self.device, rounds, clock)
-        medians = {}
-        for name, contender in self.contenders.items():
-            seconds = [ms / 1e3 / calls for ms in taken[name]]
-            medians[name] = timing.summary(seconds).median
-            self._record(name, {"role": contender.role, **contender.told}, seconds)
-        return medians
+                self.leave_out(None, f"{role}: none could run")
+                pytest.skip(f"{role}: none could run")
 
-    def _rounds(self) -> int:
+    def rounds(self, share: float = 1.0) -> int:
         conditions = self.conditions
         if conditions.rounds is not None:
             return conditions.rounds
         once = sum(contender.seconds for contender in self.contenders.values())
-        return min(max(int(conditions.seconds / once), FEWEST), MOST)
+        return min(max(int(share * conditions.seconds / once), FEWEST), MOST)
+
+    def record(self, name: str, seconds: list[float]) -> None:
+        contender = self.contenders[name]
+        self._record(name, {"role": contender.role, **contender.told}, seconds)
 
     def close(self) -> None:
         self.contenders.clear()
         facts.release()
 
-
-def within(want: Tensor, error: Callable[[Tensor, Tensor], float]) -> Callable[[Tensor], float]:
-    return lambda got: error(got, want)

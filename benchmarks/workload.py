@@ -114,7 +114,6 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.detach() - want).square().mean().sqrt() / torch.where(scale > 0, scale, 1.0))
 
 
-def wrong(errors: Iterable[float], plain: Iterable[float]) -> bool:
-    """Whether any error is more than twice that of the same computation in plain PyTorch."""
-    pairs = zip(errors, plain, strict=True)
-    return not all(error <= 2 * allowed + 1e-5 for error, allowed in pairs)
+def allowed(plain: float) -> float:
+    """The largest error, where the same computation in plain PyTorch has this one."""
+    return 2 * plain + 1e-5

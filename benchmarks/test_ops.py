@@ -1,51 +1,45 @@
-"""Every fused op against the device's copy, against plain PyTorch, and that under torch.compile.
+"""Every fused op against plain PyTorch, that under torch.compile, and the device's limits.
 
-    python -m benchmarks.ops --out benchmarks/results/<device>/ops.json
-
-Columns:
-
-    plain           the op in plain PyTorch at the same dtype, eager
-    compile         the same under torch.compile (Inductor), shapes fixed
     ours            the fused kernel
+    plain           the op in plain PyTorch at the same dtype, eager
+    torch.compile   the same, compiled (Inductor), shapes fixed
 
 A call is timed within a CUDA graph of many calls, each on inputs of its own: together they exceed
 the L2 cache several times, so that every call finds it cold. "backward" is forward and backward,
 all forwards before the first backward. Bytes are what the computation has to move: inputs that it
-needs once, results once. A contender whose results or gradients are more than twice as far from
-float64 as plain PyTorch's is a failure, and not timed.
+needs once, results once. An error is that of the worst result or gradient against float64, relative
+RMS; ours may have twice that of plain PyTorch.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks import facts
+from benchmarks.contest import Conditions, Contest, Row, Unavailable
 from benchmarks.plain import plainly
-from benchmarks.timing import Ceilings, Run, graphed, l2_bytes, on_device
-from benchmarks.workload import error, wrong
+from benchmarks.timing import Ceilings, Run, graphed, l2_bytes
+from benchmarks.workload import allowed, error, limit
 from imf_kernels import ops
 from imf_kernels.rows import Rows
 
-COLUMNS = ("plain", "compile", "ours")
-PASSES = ("forward", "backward")
 KINDS = ("frames", "mels", "qkv")
 """What most of an op's bytes are."""
 SIZES = {
     "large": {"frames": (8, 4096), "mels": (128, 2688), "qkv": (8, 1408)},  # 64 MiB and more
     "speech": dict.fromkeys(KINDS, (1, 1250)),  # 10 s generated after a 3.3 s prompt
     "speech8": dict.fromkeys(KINDS, (8, 1250)),
+    "short": dict.fromkeys(KINDS, (1, 469)),  # 5 s
     "tiny": dict.fromkeys(KINDS, (2, 17)),
 }
 """Rows and frames."""
@@ -417,35 +411,10 @@ def differences(got: list[Tensor], want: list[Tensor]) -> list[float]:
     return [error(*pair) for pair in zip(got, want, strict=True)]
 
 
-def contenders(case: Case, columns: list[str]) -> dict[str, Callable[..., Any]]:
-    made = {
-        "plain": lambda: case.baseline,
-        "compile": lambda: plainly(torch.compile(case.plain or case.run, dynamic=False)),
-        "ours": lambda: case.run,
-    }
-    return {name: made[name]() for name in columns}
-
-
-def right(
-    found: facts.Report,
-    label: str,
-    case: Case,
-    size: Size,
-    backward: bool,
-    columns: list[str],
-) -> tuple[dict[str, Callable[..., Any]], dict[str, list[float]]]:
-    """The contenders that compute the op, and how far each result of theirs is from float64's."""
-    check = functools.partial(results, case, size=size, backward=backward)
-    exact = check(plainly(case.run), exact=True)
-    allowed = differences(check(case.baseline, exact=False), exact)
-    runs, errors = {}, {}
-    for column, run in contenders(case, columns).items():
-        with found.attempt(f"{label}, {column}"):
-            errors[column] = differences(check(run, exact=False), exact)
-            if wrong(errors[column], allowed):
-                raise ArithmeticError(f"errors {errors[column]}, those of plain PyTorch {allowed}")
-            runs[column] = run
-    return runs, errors
+def worst(errors: list[float], bounds: list[float]) -> tuple[float, float]:
+    """The error that is farthest beyond its bound, or nearest to it; a NaN is."""
+    pairs = list(zip(errors, bounds, strict=True))
+    return max(pairs, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] / pair[1])
 
 
 def work(case: Case, call: Call, size: Size) -> tuple[int, float]:
@@ -461,95 +430,69 @@ def work(case: Case, call: Call, size: Size) -> tuple[int, float]:
     return moved, flops
 
 
-def measure(
-    args: argparse.Namespace,
-    found: facts.Report,
-    name: str,
-    size_name: str,
-    pass_name: str,
-    ceilings: Ceilings,
-) -> None:
-    case, backward, device = CASES[name], pass_name == "backward", torch.device(args.device)
-    small = {"dim": 64, "heads": 1} if size_name == "tiny" else {}
-    size = Size(*SIZES[size_name][case.kind], getattr(torch, args.dtype), **small)
-    label = f"{name}, {pass_name}, {size_name}"
-    with device:
-        runs, errors = right(found, label, case, size, backward, args.columns)
+SELECTED = {
+    "cpu": (["short"], ["forward"]),
+    "gpu": (["large", "speech"], ["forward", "backward"]),
+    "full": (["large", "speech", "speech8"], ["forward", "backward"]),
+    "tiny": (["tiny"], ["forward", "backward"]),
+}
+
+
+def rows(conditions: Conditions) -> list[Row]:
+    sizes, passes = SELECTED[conditions.selection]
+    return [
+        conditions.row(**{"op": name, "pass": way, "size": size})
+        for size, way, name in itertools.product(sizes, passes, CASES)
+        if way == "forward" or CASES[name].leaves
+    ]
+
+
+def compiles(row: Row, conditions: Conditions) -> bool:
+    """Whether a row has torch.compile too, which takes seconds of every row."""
+    if conditions.tiny:
+        return row["op"] == "modulated_layer_norm"
+    return conditions.selection == "full" or (row["size"] == "speech" and row["pass"] == "forward")
+
+
+@pytest.mark.rows(of=rows)
+def test_ops(row: Row, contest: Contest, ceilings: Ceilings) -> None:
+    conditions, device = contest.conditions, contest.device
+    case, backward = CASES[row["op"]], row["pass"] == "backward"
+    small = {"dim": 64, "heads": 1} if conditions.tiny else {}
+    size = Size(*SIZES[row["size"]][case.kind], conditions.dtype, **small)
+    with device, torch.enable_grad():
+        check = functools.partial(results, case, size=size, backward=backward)
+        exact = check(plainly(case.run), exact=True)
+        plain = differences(check(case.baseline, exact=False), exact)
         calls = [Call(case, case.make(size), backward)]
         moved, flops = work(case, calls[0], size)
-        if device.type == "cuda":
+        if conditions.cuda:
             count = min(max(math.ceil(8 * l2_bytes(device) / moved), 2), 160)
             calls += [Call(case, case.make(size), backward) for _ in range(count - 1)]
-        graphs = {}
-        for column, run in runs.items():
-            with found.attempt(f"{label}, {column}"):
-                graphs[column] = graphed(batch(calls, run), device)
-    if "ours" not in graphs:
-        return
-    times = on_device(graphs, device, args.rounds)
-    us = {c: {k: 1e3 * v / len(calls) for k, v in t._asdict().items()} for c, t in times.items()}
-    seconds = us["ours"]["median"] / 1e6
-    row = {
-        "op": name,
-        "pass": pass_name,
-        "size": size_name,
-        "rows": size.rows,
-        "frames": size.frames,
-        "calls": len(calls),
-        "bytes": moved,
-        "flops": flops,
-        "us": us,
-        "errors": errors,
-        "of_copy": moved / seconds / ceilings.bandwidth,
-        "of_product": flops / seconds / ceilings.flops,
-        "speedup": {c: us[c]["median"] / us["ours"]["median"] for c in us if c != "ours"},
-    }
-    found.add(row, line(row))
 
+        def compiled() -> Callable[..., Any]:
+            if not compiles(row, conditions):
+                raise Unavailable("compilation takes seconds (full selection)")
+            backend = "eager" if conditions.tiny else "inductor"
+            run = case.plain or case.run
+            return plainly(torch.compile(run, dynamic=False, backend=backend))
 
-HEADER = f"{'op':<22}{'pass':<10}{'size':<9}{'MB':>8}" + "".join(f"{c:>20}" for c in COLUMNS)
-
-
-def line(row: dict[str, Any]) -> str:
-    cells = []
-    for column in COLUMNS:
-        taken = row["us"].get(column)
-        share = row["speedup"].get(column)
-        limit = row["of_product"] if row["flops"] else row["of_copy"]
-        note = f"{limit:.0%}" if share is None else f"{share:.2f}x"
-        cells.append(f"{taken['median']:.1f} us {note:>7}" if taken else "-")
-    return f"{row['op']:<22}{row['pass']:<10}{row['size']:<9}{row['bytes'] / 1e6:>8.1f}" + "".join(
-        f"{cell:>20}" for cell in cells
-    )
-
-
-def cases(args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
-    for name, size, pass_name in itertools.product(args.ops, args.sizes, args.passes):
-        if pass_name == "forward" or CASES[name].leaves:
-            yield name, size, pass_name
-
-
-def parser() -> argparse.ArgumentParser:
-    found = facts.parser(__doc__, rounds=20)
-    found.add_argument("--ops", nargs="+", default=list(CASES), choices=CASES)
-    found.add_argument("--sizes", nargs="+", default=["large", "speech", "speech8"], choices=SIZES)
-    found.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
-    found.add_argument("--columns", nargs="+", default=COLUMNS, choices=COLUMNS)
-    return found
-
-
-def main() -> int:
-    args = parser().parse_args()
-    args.columns = [name for name in COLUMNS if name in {*args.columns, "ours"}]
-    ceilings = Ceilings.measure(torch.device(args.device), getattr(torch, args.dtype))
-    found = facts.Report("ops", args, ceilings=ceilings._asdict())
-    print(f"{HEADER}\n(one call; by how much ours is faster; of the measured copy or product)")
-    for case in cases(args):
-        with found.attempt(", ".join(case)):
-            measure(args, found, *case, ceilings=ceilings)
-        facts.release()
-    return found.finish()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        makers = {
+            "ours": ("ours", lambda: case.run),
+            "plain": ("baseline", lambda: case.baseline),
+            "torch.compile": ("peer", compiled),
+        }
+        for name, (role, make) in makers.items():
+            run = functools.cache(make)
+            contest.enter(
+                name,
+                lambda run=run: graphed(batch(calls, run()), device),
+                lambda _, run=run: worst(
+                    differences(check(run(), exact=False), exact), [allowed(e) for e in plain]
+                ),
+                role=role,
+                bytes=moved,
+                flops=flops,
+                floor_seconds=limit(flops, moved, ceilings),
+            )
+        contest.time(None, calls=len(calls), share=0.25)
