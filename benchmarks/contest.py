@@ -179,4 +179,3 @@ class Contest:
     def close(self) -> None:
         self.contenders.clear()
         facts.release()
-

@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import count, facts
 from benchmarks.timing import Run, interleaved
-from benchmarks.training import GUIDANCE, Trained, draw, peak_bytes, step, trained
+from benchmarks.updates import GUIDANCE, Trained, draw, peak_bytes, step, trained
 from benchmarks.workload import build
 from imf_kernels import Batch, IntMeanFlow, MeanFlow, Teacher, backend
 from imf_kernels.objectives import LogitNormal, RolloutCache, total_derivative
@@ -139,7 +139,7 @@ def measure(args: argparse.Namespace, found: facts.Report, name: str, rows: int)
     on_cuda = device.type == "cuda"
     with contextlib.nullcontext() if on_cuda else count.without_data():
         model, _ = build(args.size, device if on_cuda else torch.device("meta"), dtype)
-        it = trained("ours", model, checkpointing=False)
+        it = trained(model, checkpointing=False)
         it.student.fuse_weights()
         runs = PARTS[name](it, draw(model, [args.frames] * rows), args)
         results = measured(it, runs, device, args.rounds) if on_cuda else counted(it, runs)

@@ -1,9 +1,9 @@
 """The models as plain PyTorch has them, same weights: what this library is measured against.
 
-DiT: position convolutions, three projections, rotary positions in float32, LayerNorm and modulation in
-the model's dtype. CausalUNet: causal convolutions, LayerNorm and Mish one after the other. Both with
-scaled_dot_product_attention, all rows side by side in padding.
-`imf_kernels.backend` decides the rest (Euler step, loss), so contenders run `plainly`.
+DiT: position convolutions, three projections, rotary positions in float32, LayerNorm and modulation
+in the model's dtype. CausalUNet: causal convolutions, LayerNorm and Mish one after the other. Both
+with scaled_dot_product_attention, all rows side by side in padding. `imf_kernels.backend` decides
+the rest (Euler step, loss), so contenders run `plainly`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from benchmarks.contest import Conditions, Contest, Row, Unavailable
 from benchmarks.plain import plainly
 from benchmarks.timing import Ceilings, Run, graphed, l2_bytes
-from benchmarks.workload import allowed, error, limit
+from benchmarks.workload import allowed, error, limit, worst
 from imf_kernels import ops
 from imf_kernels.rows import Rows
 
@@ -409,12 +409,6 @@ def _double(leaf: Any) -> Any:
 
 def differences(got: list[Tensor], want: list[Tensor]) -> list[float]:
     return [error(*pair) for pair in zip(got, want, strict=True)]
-
-
-def worst(errors: list[float], bounds: list[float]) -> tuple[float, float]:
-    """The error that is farthest beyond its bound, or nearest to it; a NaN is."""
-    pairs = list(zip(errors, bounds, strict=True))
-    return max(pairs, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] / pair[1])
 
 
 def work(case: Case, call: Call, size: Size) -> tuple[int, float]:
