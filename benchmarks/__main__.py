@@ -2,10 +2,10 @@
 
     python -m benchmarks                     the device's selection, into benchmarks/results/
     python -m benchmarks --selection full    every contender for every shape: hours of compilation
-    python -m benchmarks ops latency         these suites
+    python -m benchmarks ops latency         these only
 
-Options that are not listed go to pytest: `--device`, `--dtype`, `--rounds`, `-k`, ... The status is
-1 where a row has failed. `python -m benchmarks.report` makes tables of what there is.
+Further options go to pytest: `--dtype`, `--rounds`, `-k`, ... The status is 1 where a row has
+failed. `python -m benchmarks.report` makes tables of what there is.
 """
 
 from __future__ import annotations
@@ -15,70 +15,96 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
-SHARES = {
-    "rtf": 5.0,
-    "evaluation": 1.0,
-    "ops": 1.5,
-    "training": 2.0,
-    "search": 0.7,
-    "latency": 1.0,
+
+class Part(NamedTuple):
+    """A suite's run: its share of the minutes, and what its environment is given."""
+
+    suite: str
+    share: float
+    variables: Mapping[str, str] = MappingProxyType({})
+
+
+PARTS = {
+    "rtf": Part("rtf", 5.5),
+    "evaluation": Part("evaluation", 0.6),
+    "ops": Part("ops", 1.2),
+    "training": Part("training", 1.2),
+    "search": Part("search", 0.7),
+    "latency": Part("latency", 1.0),
+    "evaluation_pdl": Part("evaluation", 0.5, {"IMF_KERNELS_PDL": "1"}),
 }
-"""Every suite, and its share of the minutes; what one leaves is for those that follow."""
-
-EARLY = {"evaluation": "evaluation_pdl", "rtf": "rtf_pdl"}
-"""Suites that are run again with programmatic dependent launch, where the device has it."""
+"""By the name of its file. The last for GPUs that launch dependent kernels early."""
 
 
-def command(suite: str, out: Path, options: list[str]) -> list[str]:
-    """pytest's, without plugins that reorder rows, stop long ones or print a table of each."""
+def command(suites: Sequence[str], out: Path, options: Sequence[str]) -> list[str]:
+    """pytest's, without the plugins that reorder rows, stop long ones and tabulate each."""
     here = Path(__file__).parent
-    plain = ["-p", "no:randomly", "-p", "no:cacheprovider", "--timeout", "0", "--benchmark-quiet"]
-    rows = str(here / f"test_{suite}.py")
-    return [sys.executable, "-m", "pytest", rows, *plain, f"--benchmark-json={out}", *options]
+    rows = [str(here / f"test_{suite}.py") for suite in suites]
+    plain = ["-p", "no:randomly", "-p", "no:cacheprovider", "--timeout=0", "--benchmark-quiet"]
+    return [sys.executable, "-m", "pytest", *rows, *plain, f"--benchmark-json={out}", *options]
 
 
-def main(arguments: list[str] | None = None) -> int:
+def environment(**variables: str) -> dict[str, str]:
+    """This one's, without what pytest itself has set: its workers time nothing."""
+    inherited = {name: it for name, it in os.environ.items() if not name.startswith("PYTEST_")}
+    return inherited | variables
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(SHARES))
-    parser.add_argument("--minutes", type=float, help="of all suites; by default no bound")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, help="of all of them; by default no bound")
     parser.add_argument("--out", type=Path, help="a folder; by default named after the device")
     args, options = parser.parse_known_args(arguments)
-    for suite in args.suites:
-        if suite not in SHARES:
-            parser.error(f"SUITE: expected any of {', '.join(SHARES)}, got {suite}")
-    out = (args.out or Path(__file__).parent / "results" / device()).resolve()
-    suites = [suite for suite in SHARES if suite in (args.suites or SHARES)]
-    left, failed = args.minutes, []
-    for i, suite in enumerate(suites):
-        given = []
+    for name in args.parts:
+        if name not in PARTS:
+            parser.error(f"PART: expected any of {', '.join(PARTS)}, got {name}")
+    options = [f"--device={args.device}", *options]
+    out = args.out or Path(__file__).parent / "results" / folder(args.device)
+    parts = {name: part for name, part in PARTS.items() if name in args.parts}
+    if not args.parts:
+        early = launches_early(args.device)
+        parts = {name: part for name, part in PARTS.items() if early or not part.variables}
+    left, shares, failed = args.minutes, sum(part.share for part in parts.values()), []
+    for name, part in parts.items():
+        given = list(options)
         if left is not None:
-            share = SHARES[suite] / sum(SHARES[each] for each in suites[i:])
-            given = [f"--minutes={max(left * share, 0.0):.2f}"]
-        print(f"\n{suite}", flush=True)
+            given.append(f"--minutes={max(left, 0.0) * part.share / shares:.2f}")
+        print(f"\n{name}", flush=True)
         start = time.monotonic()
         run = subprocess.run(
-            command(suite, out / f"{suite}.json", [*given, *options]),
+            command([part.suite], out.resolve() / f"{name}.json", given),
             cwd=Path(__file__).parents[1],
-            env=os.environ,
+            env=environment(**part.variables),
             check=False,
         )
         minutes = (time.monotonic() - start) / 60
-        left = None if left is None else left - minutes
-        print(f"{suite}: {60 * minutes:.0f} s", flush=True)
+        print(f"{name}: {60 * minutes:.0f} s", flush=True)
+        left, shares = None if left is None else left - minutes, shares - part.share
         if run.returncode:
-            failed.append(suite)
+            failed.append(name)
     if failed:
         print(f"\nwith failures: {', '.join(failed)}")
     return int(bool(failed))
 
 
-def device() -> str:
-    """A folder's name for what is measured."""
-    return torch.cuda.get_device_name().replace(" ", "_") if torch.cuda.is_available() else "cpu"
+def folder(device: str) -> str:
+    if not device.startswith("cuda"):
+        return device
+    return torch.cuda.get_device_name(device).replace(" ", "_")
+
+
+def launches_early(device: str) -> bool:
+    """Whether the device has programmatic dependent launch."""
+    return device.startswith("cuda") and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from pytest_benchmark.utils import safe_dumps
 
 from benchmarks import facts
-from benchmarks.contest import Conditions, Contest, Row
+from benchmarks.contest import Conditions, Contest, Row, why
 from benchmarks.timing import Ceilings
 from imf_kernels.files import replacing
 
@@ -59,7 +59,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "rows(of): makes the rows of a test, given the conditions")
     config.stash[HELD] = Held(config)
     torch.backends.cudnn.allow_tf32 = False  # what is compared with is float32
 
@@ -110,8 +109,8 @@ def contest(request: pytest.FixtureRequest, row: Row, benchmark: Any) -> Iterato
         for taken in seconds:
             stats.update(taken)
 
-    def leave_out(name: str | None, why: str) -> None:
-        held.left_out.append({"suite": suite, "row": row, "contender": name, "why": why})
+    def leave_out(name: str | None, said: str) -> None:
+        held.left_out.append({"suite": suite, "row": row, "contender": name, "why": said})
 
     if held.deadline is not None and time.monotonic() > held.deadline:
         leave_out(None, f"no time left of {request.config.getoption('minutes'):g} minutes")
@@ -128,8 +127,9 @@ def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Any:
     report = yield
     if report.failed and not isinstance(call.excinfo.value, pytest.fail.Exception):
         held, row = item.config.stash[HELD], item.callspec.params["row"]
-        why = f"{call.excinfo.type.__name__}: {call.excinfo.value}"
-        held.left_out.append({"row": row, "contender": None, "why": why})
+        suite = item.path.stem.removeprefix("test_")
+        reason = {"contender": None, "why": why(call.excinfo.value)}
+        held.left_out.append({"suite": suite, "row": row, **reason})
     return report
 
 

@@ -7,9 +7,10 @@ one run. A row with a wrong contender has no record, nor has one without its bas
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -37,8 +38,8 @@ class Conditions:
     Attributes:
         selection: Which rows: "cpu", "gpu" (most telling first), "full" or "tiny", which takes
             every path on whatever device, in seconds.
-        seconds: How long the contenders of a row are timed, all together.
-        rounds: How often each, whatever that takes; None: as `seconds` allow, `FEWEST` at least.
+        seconds: After which a row begins no further round.
+        rounds: Of every row, whatever they take; None: as many as `seconds` allow.
     """
 
     device: torch.device
@@ -57,18 +58,22 @@ class Conditions:
 
     def row(self, **told: Any) -> Row:
         kind = torch.cuda.get_device_name(self.device) if self.cuda else "CPU"
-        return {"device": kind, "dtype": str(self.dtype).removeprefix("torch."), **told}
+        row = {"device": kind, "dtype": str(self.dtype).removeprefix("torch."), **told}
+        if os.environ.get("IMF_KERNELS_PDL") == "1":
+            row["dependent_launch"] = True
+        return row
 
 
 FEWEST, MOST = 3, 50
+"""Rounds of a row; where they take `LONG` times its seconds, 2 are enough."""
+LONG = 5
 
 
 @dataclass
 class Contender:
     run: Run
     role: str
-    seconds: float
-    told: dict[str, Any] = field(default_factory=dict)
+    told: dict[str, Any]
 
 
 class Contest:
@@ -108,22 +113,21 @@ class Contest:
         """
         try:
             run = make()
-            run()  # which may compile, capture or tune
-            start = time.perf_counter()
-            result = run()
-            timing.synchronize(self.device)
-            seconds = time.perf_counter() - start
-            error, bound = gate(result)
+            error, bound = gate(run())
+            if self.conditions.cuda:
+                run()  # the first may have compiled, captured or tuned
             if not error <= bound:  # NaN is beyond it
                 self.wrong[name] = f"error {error:.2e}, at most {bound:.2e} expected"
             told |= {"error": error, "bound": bound}
-            self.contenders[name] = Contender(run, role, seconds, told)
-        except (Unavailable, torch.OutOfMemoryError) as why:
-            self.leave_out(name, str(why).splitlines()[0])
+            self.contenders[name] = Contender(run, role, told)
+        except Unavailable as reason:
+            self.leave_out(name, str(reason))
+        except torch.OutOfMemoryError:
+            self.leave_out(name, "does not fit into the device's memory")
         except Exception as problem:
             if role != "peer":
                 raise
-            self.leave_out(name, f"{type(problem).__name__}: {str(problem).splitlines()[:1]}")
+            self.leave_out(name, why(problem))
 
     def tell(self, name: str, **told: Any) -> None:
         """More about a contender that takes part."""
@@ -138,7 +142,7 @@ class Contest:
         Args:
             clock: None: of the device alone (`timing.turns_on_device`), where the L2 is cold.
             calls: How many calls, each like the other, a run makes.
-            share: Of the seconds that a row is timed.
+            share: Of a row's seconds.
         """
         self.settle()
         runs = {name: contender.run for name, contender in self.contenders.items()}
@@ -157,20 +161,24 @@ class Contest:
             Failed, Skipped: pytest's, where a result is wrong, the baseline missing, or ours.
         """
         if self.wrong:
-            why = "; ".join(f"{name}: {error}" for name, error in self.wrong.items())
-            self.leave_out(None, f"wrong results: {why}")
-            pytest.fail(f"wrong results: {why}", pytrace=False)
+            said = "; ".join(f"{name}: {error}" for name, error in self.wrong.items())
+            self.leave_out(None, f"wrong results: {said}")
+            pytest.fail(f"wrong results: {said}", pytrace=False)
         for role in ("baseline", "ours"):
             if all(contender.role != role for contender in self.contenders.values()):
-                self.leave_out(None, f"{role}: none could run")
-                pytest.skip(f"{role}: none could run")
+                self.leave_out(None, f"no contender is {role}")
+                pytest.skip(f"no contender is {role}")
 
-    def rounds(self, share: float = 1.0) -> int:
-        conditions = self.conditions
-        if conditions.rounds is not None:
-            return conditions.rounds
-        once = sum(contender.seconds for contender in self.contenders.values())
-        return min(max(int(share * conditions.seconds / once), FEWEST), MOST)
+    def rounds(self, share: float = 1.0) -> Iterator[int]:
+        """Counts rounds for as long as a row may go on."""
+        conditions, start = self.conditions, time.monotonic()
+        most = MOST if conditions.rounds is None else conditions.rounds
+        for count in range(most):
+            if conditions.rounds is None:
+                taken = (time.monotonic() - start) / (share * conditions.seconds)
+                if (taken > 1 and count >= FEWEST) or (taken > LONG and count >= 2):
+                    return
+            yield count
 
     def record(self, name: str, seconds: list[float]) -> None:
         contender = self.contenders[name]
@@ -179,3 +187,8 @@ class Contest:
     def close(self) -> None:
         self.contenders.clear()
         facts.release()
+
+
+def why(problem: BaseException) -> str:
+    """In one line."""
+    return f"{type(problem).__name__}: {problem}".splitlines()[0]

@@ -143,7 +143,7 @@ def fastest(candidates: dict[str, Run], device: torch.device) -> tuple[str, floa
         with contextlib.suppress(RuntimeError):  # a backend that does not take these tensors
             graphs[name] = graphed(run, device)
             graphs[name]()
-    taken = turns_on_device(graphs, device, rounds=5)
+    taken = turns_on_device(graphs, device, range(5))
     best = min(taken, key=lambda name: statistics.median(taken[name]))
     return best, statistics.median(taken[best]) / 1e3
 

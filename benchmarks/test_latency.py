@@ -43,7 +43,7 @@ def rows(conditions: Conditions) -> list[Row]:
     if conditions.tiny:
         return [row(2, model="tiny", requests=4, shortest=0.1, longest=0.2)]
     if conditions.selection == "cpu":
-        cut = {"depth": 2, "requests": 16, "shortest": 0.5, "longest": 2.0}
+        cut = {"depth": 2, "requests": 8, "shortest": 0.5, "longest": 2.0}
         return [row(threads, **cut) for threads in (1, 4, 16)]
     return [row(threads) for threads in (1, 4, 16)]
 
@@ -109,7 +109,7 @@ def test_latency(row: Row, contest: Contest) -> None:
         contest.settle()
         taken: dict[str, list[float]] = {name: [] for name in contest.contenders}
         rates: dict[str, list[float]] = {name: [] for name in contest.contenders}
-        for _ in range(contest.rounds()):
+        for _ in contest.rounds():
             for name, contender in contest.contenders.items():
                 start = time.perf_counter()
                 taken[name] += [seconds for seconds, _ in contender.run()]

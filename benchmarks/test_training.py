@@ -57,7 +57,7 @@ def training_rows(conditions: Conditions) -> list[Row]:
     if conditions.tiny:
         return [row(2, True, model="tiny", frames=60)]
     if conditions.selection == "cpu":
-        return [row(nfe, False, frames=400, depth=2) for nfe in (0, 2, 4, 8)]
+        return [row(nfe, False, frames=200, depth=2) for nfe in (0, 2, 8)]
     if conditions.selection == "gpu":
         return [row(nfe, False) for nfe in (0, 8, 2)]
     return [row(nfe, kept) for kept in (False, True) for nfe in (0, 2, 4, 8, 16)]
@@ -83,7 +83,7 @@ def jvp_rows(conditions: Conditions) -> list[Row]:
     if conditions.tiny:
         return [row(2, model="tiny", nfe=2, frames=40)]
     if conditions.selection == "cpu":
-        return [row(1, frames=300, depth=2)]
+        return [row(1, frames=150, depth=2)]
     return [row(batch) for batch in ((4,) if conditions.selection == "gpu" else (1, 4, 40))]
 
 
@@ -92,11 +92,6 @@ def span(conditions: Conditions, rate: float) -> tuple[int, int]:
     scale = 1.0 if conditions.selection in ("gpu", "full") else 0.05
     shortest, longest = (round(scale * seconds * rate) for seconds in SPAN)
     return shortest, longest
-
-
-def compiles(row: Row, conditions: Conditions) -> bool:
-    """Whether a row has torch.compile too, which takes minutes of every row."""
-    return conditions.selection == "full" or conditions.tiny
 
 
 @functools.lru_cache(maxsize=1)
@@ -140,10 +135,9 @@ def test_training(row: Row, contest: Contest) -> None:
                 contest.tell(name, bytes_held=held)
 
         def compiled() -> Trained:
-            if not compiles(row, conditions):
+            if conditions.selection != "full":
                 raise Unavailable("compilation takes minutes (full selection)")
-            backend = "eager" if conditions.tiny else "inductor"
-            return trained(model, kept, fused=False, backend=backend)
+            return trained(model, kept, fused=False, compiled=True)
 
         enter("ours", "ours", lambda: trained(model, kept))
         enter("plain", "baseline", lambda: trained(model, kept, fused=False))

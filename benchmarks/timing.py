@@ -6,7 +6,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,13 +39,13 @@ def milliseconds(run: Run, device: torch.device) -> float:
 def turns(
     contenders: Mapping[str, Run],
     device: torch.device,
-    rounds: int,
+    rounds: Iterable[int],
     clock: Clock = milliseconds,
 ) -> dict[str, list[float]]:
     """Milliseconds of each contender in every round: in turn, so that drift of the machine meets
-    all alike, and a round's are a pair. They have run before."""
+    all alike. They have run before."""
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
+    for _ in rounds:
         for name, run in contenders.items():
             taken[name].append(clock(run, device))
     return taken
@@ -58,11 +58,11 @@ def interleaved(
     for run in contenders.values():
         for _ in range(warm_ups):
             run()
-    return {name: summary(ms) for name, ms in turns(contenders, device, rounds).items()}
+    return {name: summary(ms) for name, ms in turns(contenders, device, range(rounds)).items()}
 
 
 def turns_on_device(
-    contenders: Mapping[str, Run], device: torch.device, rounds: int
+    contenders: Mapping[str, Run], device: torch.device, rounds: Iterable[int]
 ) -> dict[str, list[float]]:
     """What each contender takes of the device alone, in turn: for graphs and single kernels.
 
@@ -73,11 +73,10 @@ def turns_on_device(
         return turns(contenders, device, rounds)
     repeats, chains = {}, {}
     for name, run in contenders.items():
-        run()
         repeats[name] = math.ceil(SPAN / max(device_milliseconds(run, device), 1e-3))
         chains[name] = functools.partial(_repeat, run, repeats[name])
         chains[name]()
-    taken = turns(chains, device, rounds, clock=device_milliseconds)
+    taken = turns(chains, device, rounds, device_milliseconds)
     return {name: [ms / repeats[name] for ms in taken[name]] for name in taken}
 
 
@@ -160,7 +159,8 @@ class Ceilings(NamedTuple):
         source = torch.empty(2**28 if device.type == "cuda" else 2**22, device=device)
         target = torch.empty_like(source)
         runs: dict[str, Run] = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
-        turns_on_device(runs, device, rounds=1)
-        taken = turns_on_device(runs, device, rounds=10)
+        for run in runs.values():
+            run()
+        taken = turns_on_device(runs, device, range(10))
         ms = {name: statistics.median(values) for name, values in taken.items()}
         return cls(2e3 * n**3 / ms["product"], 2e3 * source.nbytes / ms["copy"])

@@ -50,17 +50,17 @@ class Trained(NamedTuple):
 
 
 def trained(
-    model: DiT, checkpointing: bool, *, fused: bool = True, backend: str | None = None
+    model: DiT, checkpointing: bool, *, fused: bool = True, compiled: bool = False
 ) -> Trained:
-    """A teacher and its student, in plain PyTorch unless `fused`, compiled by a `backend`."""
+    """A teacher and its student, in plain PyTorch unless `fused`."""
     with model.proj_out.weight.device:
         student = model.student()
     if not fused:
         model, student = plain(model), plain(student)
     student.checkpoint_activations = checkpointing
-    if backend is None:
+    if not compiled:
         return Trained(model, student, student)
-    teacher, called = (torch.compile(it, dynamic=False, backend=backend) for it in (model, student))
+    teacher, called = (torch.compile(it, dynamic=False) for it in (model, student))
     return Trained(teacher, student, called)
 
 

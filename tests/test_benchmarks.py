@@ -1,32 +1,34 @@
 """The benchmarks run and report what they say they do; no figure is asserted."""
 
-import dataclasses
 import importlib.util
 import json
+import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import (
+    __main__ as suites,
+)
+from benchmarks import (
+    contest,
     count,
     distillation,
-    evaluation,
-    gpu,
-    ops,
     plain,
-    rollout,
-    solver_graphs,
     streaming,
+    test_evaluation,
+    test_ops,
     timing,
-    training,
     workload,
 )
 from benchmarks.timing import Ceilings, interleaved
-from imf_kernels import dispatch, sampler
-from imf_kernels.ops import modulated_layer_norm
+from imf_kernels import sampler
 from tests import pages
+
+ROOT = pages.ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -51,23 +53,234 @@ def run(module, arguments, out, monkeypatch, status=0):
     return results
 
 
-def test_solver_graphs_on_the_cpu(tmp_path, monkeypatch, capsys):
-    arguments = (
-        "--dtype float32 --models tiny --seconds 0.3 --prompt 0 0.2 --batch 1 2 "
-        "--nfe 1 2 --columns eager ours --rounds 2"
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """What a run over every path of every suite writes."""
+    out = tmp_path_factory.mktemp("results") / "new" / "tiny.json"
+    names = list(dict.fromkeys(part.suite for part in suites.PARTS.values()))
+    options = ["--selection=tiny", "--device=cpu", "--rounds=2", "--commit=abc", "-q"]
+    done = subprocess.run(
+        suites.command(names, out, options),
+        cwd=ROOT,
+        env=suites.environment(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    results = run(solver_graphs, arguments, tmp_path / "new" / "solver_graphs.json", monkeypatch)
-    assert len(results["rows"]) == 2 * 2 * 2 * 2
-    for row in results["rows"]:
-        assert set(row["ms"]) == {"eager", "ours"}
-        assert set(row["errors"]) == {"plain", "eager", "ours"}
-        assert row["wrong"] == []
-        assert 0 < row["ms"]["ours"]["low"] <= row["ms"]["ours"]["median"]
-        assert row["floor_ms"] > 0
-        assert row["errors"]["eager"] <= 1e-5
-    assert {row["prepare"] for row in results["rows"]} == {"inside", "outside"}
-    assert set(results["new_grid_ms"]) == {"tiny, NFE 2"}
-    assert "ours" in capsys.readouterr().out
+    assert done.returncode == 0, done.stdout
+    return json.loads(out.read_text())
+
+
+def test_every_record_says_what_it_is(tiny):
+    facts = {"device", "cpu", "dtype", "threads", "versions", "commit", "backends", "command"}
+    assert facts <= tiny["machine_info"].keys()
+    assert tiny["commit_info"]["id"] == tiny["machine_info"]["commit"] == "abc"
+    assert tiny["selection"] == "tiny"
+    assert tiny["ceilings"].keys() == {"flops", "bandwidth"}
+    groups: dict[str, dict[str, str]] = {}
+    for record in tiny["benchmarks"]:
+        told = record["extra_info"]
+        assert record["group"].startswith(f"{told['suite']} | ")
+        assert record["name"].endswith(f": {told['contender']}")
+        assert {"device": "CPU", "dtype": "float32"}.items() <= told["row"].items()
+        assert told["error"] <= told["bound"]
+        each = len(record["stats"]["data"]) // told["row"].get("requests", 1)
+        assert each == 2
+        assert record["stats"]["median"] == statistics.median(record["stats"]["data"]) > 0
+        contenders = groups.setdefault(record["group"], {})
+        assert told["contender"] not in contenders
+        contenders[told["contender"]] = told["role"]
+    for contenders in groups.values():
+        assert list(contenders.values()).count("baseline") == 1
+        assert "ours" in contenders.values()
+    assert {group.split(" | ")[0] for group in groups} == {
+        part.suite for part in suites.PARTS.values()
+    }
+
+
+def test_every_contender_takes_part(tiny):
+    entered: dict[str, set[str]] = {}
+    for record in tiny["benchmarks"]:
+        told = record["extra_info"]
+        entered.setdefault(told["suite"], set()).add(told["contender"])
+    compiled = {"torch.compile", "torch.compile, graph"}
+    ours = {"ours, eager", "ours, graph", "ours, baked", "ours, fp8"}
+    assert entered["rtf"] - {"F5-TTS"} == {"plain", *ours, *compiled}
+    assert entered["evaluation"] == {"plain", "ours", "ours, fp8"}
+    assert entered["ops"] == {"plain", "ours", "torch.compile"}
+    assert entered["search"] == {"plain", "ours, graph", "ours, eager", "recaptured"}
+    assert entered["latency"] == {"plain", "ours, graph", "ours, eager"}
+    rollouts = {"ours", "ours, packed", "ours, packed, fp8", "plain"}
+    meanflow = {"ours, IntMeanFlow", "ours, jvp", "ours, difference", "jvp as published"}
+    assert entered["training"] == rollouts | meanflow
+    for out in tiny["left_out"]:
+        assert out["contender"] in {"F5-TTS", *ours, *compiled}
+        assert out["why"]
+        assert out["suite"] in entered
+
+
+def test_what_records_tell(tiny):
+    told = {
+        (record["extra_info"]["suite"], record["extra_info"]["contender"]): record["extra_info"]
+        for record in tiny["benchmarks"]
+    }
+    assert told["rtf", "ours, eager"]["audio_seconds"] == pytest.approx(0.2)
+    assert told["rtf", "ours, eager"]["floor_seconds"] > 0
+    assert told["rtf", "ours, baked"]["weight_bytes"] > 0
+    assert told["ops", "ours"]["bytes"] > 0
+    evaluation = told["evaluation", "ours"]
+    assert evaluation["kernels"]["count"] > 50
+    assert sum(kernel["share"] for kernel in evaluation["kernels"]["top"]) <= 1.001
+    assert told["search", "ours, eager"].keys() >= {"error", "bound"}
+    latency = told["latency", "ours, graph"]
+    assert 0 < latency["p50"] <= latency["p99"]
+
+
+ROWS = """
+import os
+
+import pytest
+
+from benchmarks.contest import Unavailable
+
+
+def right(result):
+    return 0.0, 1.0
+
+
+@pytest.mark.rows(of=lambda conditions: [conditions.row(op=op) for op in "abcdefg"])
+def test_rows(row, contest):
+    def unavailable():
+        raise Unavailable("not here")
+
+    def broken():
+        raise ZeroDivisionError("in a peer")
+
+    if row["op"] == "f":
+        raise ValueError("of a row")
+    if row["op"] == "g":
+        os._exit(9)
+    contest.enter("ours", lambda: lambda: 1, lambda _: (float(row["op"] == "b"), 0.5), role="ours")
+    contest.enter("nan", lambda: int, lambda _: (float("nan" if row["op"] == "c" else 0), 1.0))
+    contest.enter("peer", broken if row["op"] == "d" else unavailable, right)
+    contest.enter("plain", unavailable if row["op"] == "e" else lambda: int, right, role="baseline")
+    contest.time()
+"""
+
+
+def test_only_right_rows_with_a_baseline_and_all_before_a_crash(tmp_path):
+    file, out = tmp_path / "test_made.py", tmp_path / "made.json"
+    file.write_text(ROWS)
+    command = suites.command([], out, [str(file), "-p", "benchmarks.conftest", "--device=cpu"])
+    env = suites.environment(PYTHONPATH=str(ROOT))
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 9
+    assert "wrong results: ours: error 1.00e+00, at most 5.00e-01 expected" in done.stdout
+    results = json.loads(out.read_text())
+    assert [record["name"] for record in results["benchmarks"]] == [
+        f"test_rows[{op}]: {name}" for op in "ad" for name in ("ours", "nan", "plain")
+    ]
+    left_out = {
+        (out["row"]["op"], out["contender"]): out["why"]
+        for out in results["left_out"]
+        if (out["contender"], out["why"]) != ("peer", "not here")
+    }
+    assert left_out == {
+        ("b", None): "wrong results: ours: error 1.00e+00, at most 5.00e-01 expected",
+        ("c", None): "wrong results: nan: error nan, at most 1.00e+00 expected",
+        ("d", "peer"): "ZeroDivisionError: in a peer",
+        ("e", "plain"): "not here",
+        ("e", None): "no contender is baseline",
+        ("f", None): "ValueError: of a row",
+    }
+
+
+def test_rows_without_time_left_are_said_to_be(tmp_path):
+    out = tmp_path / "ops.json"
+    options = ["--selection=tiny", "--device=cpu", "--minutes=0", "-k", "grn_gelu"]
+    command = suites.command(["ops"], out, options)
+    subprocess.run(command, cwd=ROOT, env=suites.environment(), capture_output=True, check=True)
+    results = json.loads(out.read_text())
+    assert results["benchmarks"] == []
+    assert {out["why"] for out in results["left_out"]} == {"no time left of 0 minutes"}
+
+
+def test_a_row_goes_on_for_its_seconds(monkeypatch):
+    times = iter(range(100))
+    monkeypatch.setattr(contest.time, "monotonic", lambda: float(next(times)))
+
+    def rounds(seconds, fixed=None):
+        cpu = torch.device("cpu")
+        conditions = contest.Conditions(cpu, torch.float32, "cpu", seconds, fixed)
+        return len(list(contest.Contest(conditions, None, None).rounds()))
+
+    assert rounds(seconds=6.5) == 6
+    assert rounds(seconds=2.0) == contest.FEWEST
+    assert rounds(seconds=0.5) == 2
+    assert rounds(seconds=0.5, fixed=4) == 4
+
+
+def test_what_fails_does_not_stop_the_rest(tmp_path, monkeypatch):
+    given = {}
+
+    def command(names, out, options):
+        given[out.name] = options
+        return [sys.executable, "-c", f"raise SystemExit({int(names == ['ops'])})"]
+
+    monkeypatch.setattr(suites, "command", command)
+    arguments = [
+        "ops",
+        "latency",
+        "--device=cpu",
+        "--minutes=22",
+        f"--out={tmp_path}",
+        "--rounds=1",
+    ]
+    assert suites.main(arguments) == 1
+    assert list(given) == ["ops.json", "latency.json"]
+    for options in given.values():
+        assert options[:2] == ["--device=cpu", "--rounds=1"]
+    minutes = [float(options[2].removeprefix("--minutes=")) for options in given.values()]
+    assert minutes[0] == pytest.approx(12)  # their shares are 1.2 and 1
+    assert 21 < minutes[1] < 22
+    assert suites.main(["latency", *to]) == 0
+
+
+def test_every_selection_has_rows():
+    cpu = torch.device("cpu")
+    for selection in ("cpu", "gpu", "full", "tiny"):
+        conditions = contest.Conditions(cpu, torch.float32, selection, 1.0, None)
+        for suite in {part.suite for part in suites.PARTS.values()}:
+            module = importlib.import_module(f"benchmarks.test_{suite}")
+            for name, test in vars(module).items():
+                if name.startswith("test_") and hasattr(test, "pytestmark"):
+                    (mark,) = test.pytestmark
+                    rows = mark.kwargs["of"](conditions)
+                    assert len({json.dumps(row) for row in rows}) == len(rows) > 0
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_cosyvoice2", "tiny_cosyvoice3"])
+def test_the_plain_model_is_the_model(name):
+    """A ragged guided batch, and one graph under torch.compile, also from step tables."""
+    model, _ = workload.build(name, torch.device("cpu"), torch.float32)
+    noise, given = workload.request(model, 2, 40, 5, [40, 23])
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    twin = plain.plain(model)
+    step = torch.compile(twin.evaluate, fullgraph=True, dynamic=False, backend=count)
+    with torch.no_grad():
+        cond = model.prepare(**given, guided=True)
+        want = sampler.sample(model, noise, cond, nfe=2, guidance=2.0)
+        compiled = plain.Compiled(twin)
+        compiled.evaluate = step
+        for other in (twin, compiled):
+            got = plain.plainly(sampler.sample)(other, noise, cond, nfe=2, guidance=2.0)
+            assert workload.error(got - noise, want - noise) <= 1e-5
+    assert len(graphs) == 1
 
 
 def test_streaming_on_the_cpu(tmp_path, monkeypatch, capsys):
@@ -85,107 +298,27 @@ def test_streaming_on_the_cpu(tmp_path, monkeypatch, capsys):
     assert "prefix" in capsys.readouterr().out
 
 
-def test_ops_on_the_cpu(tmp_path, monkeypatch):
-    arguments = "--sizes tiny --columns plain ours --rounds 2"
-    rows = run(ops, arguments, tmp_path / "ops.json", monkeypatch)["rows"]
-    assert {row["op"] for row in rows} == set(ops.CASES)
-    assert {row["op"] for row in rows if row["pass"] == "backward"} == {
-        name for name, case in ops.CASES.items() if case.leaves
-    }
-    for row in rows:
-        assert row["bytes"] > 0
-        assert row["us"].keys() == {"plain", "ours"}
-        assert row["speedup"].keys() == {"plain"}
-
-
 def test_bytes_of_an_op():
     """Forward of a residual norm: two tensors in, two out; its backward four in, two out."""
-    size, case = ops.Size(2, 512, torch.bfloat16, dim=256), ops.CASES["gated_residual_norm"]
+    size, case = (
+        test_ops.Size(2, 512, torch.bfloat16, dim=256),
+        test_ops.CASES["gated_residual_norm"],
+    )
     tensor = 2 * 512 * 256 * 2
     for backward, tensors in ((False, 4), (True, 10)):
-        call = ops.Call(case, case.make(size), backward)
-        assert ops.work(case, call, size)[0] == pytest.approx(tensors * tensor, rel=0.01)
-
-
-def test_a_wrong_op_gets_no_row_and_the_run_goes_on(tmp_path, monkeypatch):
-    cases = dict(ops.CASES)
-    off = dataclasses.replace(cases["modulated_layer_norm"], run=_off_in_the_kernel)
-    failing = dataclasses.replace(cases["attention"], run=_failing)
-    monkeypatch.setattr(
-        ops, "CASES", {"off": off, "failing": failing, "rope_qkv": cases["rope_qkv"]}
-    )
-    arguments = "--sizes tiny --columns plain ours --passes forward --rounds 2"
-    results = run(ops, arguments, tmp_path / "ops.json", monkeypatch, status=1)
-    assert [row["op"] for row in results["rows"]] == ["rope_qkv"]
-    off, failing = results["failures"]
-    assert off["what"] == "off, forward, tiny, ours"
-    assert failing["error"] == "ValueError: no such op"
-    assert "_failing" in failing["traceback"]
-
-
-def _off_in_the_kernel(**inputs):
-    y = modulated_layer_norm(**inputs)
-    return y if dispatch.forced() == "reference" else 1.02 * y
-
-
-def _failing(**inputs):
-    raise ValueError("no such op")
-
-
-def test_evaluation_on_the_cpu(tmp_path, monkeypatch):
-    arguments = (
-        "--dtype float32 --size tiny --seconds 0.3 --prompt 0.2 --batch 2 --packed 80 "
-        "--columns eager ours fp8 --rounds 2"
-    )
-    row, ragged = run(evaluation, arguments, tmp_path / "evaluation.json", monkeypatch)["rows"]
-    assert ragged["frames"] == sum(ragged["lengths"]) == 80
-    for each in (row, ragged):
-        assert each["ms"].keys() == {"eager", "ours", "fp8"}
-        assert max(each["errors"]["plain"], each["errors"]["ours"]) <= 1e-5
-        assert 1e-3 < each["errors"]["fp8"] <= 0.05
-    parts = row["library"]["parts"]
-    assert row["library"]["ms"] == pytest.approx(sum(part["ms"] for part in parts.values()))
-    assert row["kernels"]["count"] > 50
-    assert sum(kernel["share"] for kernel in row["kernels"]["top"]) <= 1.001
+        call = test_ops.Call(case, case.make(size), backward)
+        assert test_ops.work(case, call, size)[0] == pytest.approx(tensors * tensor, rel=0.01)
 
 
 def test_products_and_attention_are_the_flops_of_an_evaluation():
     """But for the position convolutions, 1.3 % of them."""
     model, _ = workload.build("f5_base", torch.device("meta"), torch.bfloat16)
-    sizes = evaluation.products(model.config).values()
+    sizes = test_evaluation.products(model.config).values()
     flops = sum(2 * 1250 * inputs * outputs * count for inputs, outputs, count in sizes)
     flops += model.config.depth * 4 * 1250**2 * model.config.dim
-    floor = workload.floor(model, [1250], 1, Ceilings(1e12, 1e30)) * 1e9
-    assert flops == pytest.approx(floor, rel=0.02)
-    assert flops < floor
-
-
-TINY = "--dtype float32 --size tiny --seconds 0.2 0.5 --frames 120 --columns eager ours --rounds 1"
-
-
-def test_rollout_on_the_cpu(tmp_path, monkeypatch):
-    arguments = TINY.replace("eager ours", "eager ours packed fp8")
-    with pytest.warns(RuntimeWarning, match="no layer is in FP8"):
-        results = run(rollout, f"{arguments} --nfe 2", tmp_path / "rollout.json", monkeypatch)
-    (row,) = results["rows"]
-    assert row["ms"].keys() == {"eager", "ours", "packed", "fp8"}
-    assert row["frames"] == sum(row["lengths"]) == 120
-    assert row["padded_frames"] == row["rows"] * max(row["lengths"])
-    assert max(*row["errors"]["ours"], *row["errors"]["packed"]) <= 1e-5
-
-
-def test_training_on_the_cpu(tmp_path, monkeypatch):
-    arguments = f"{TINY} --nfe 0 2"
-    rows = run(training, arguments, tmp_path / "training.json", monkeypatch)["rows"]
-    assert [(row["nfe"], row["checkpointing"]) for row in rows] == [
-        (0, False),
-        (2, False),
-        (0, True),
-        (2, True),
-    ]
-    for row in rows:
-        assert row["ms"].keys() == row["plain_steps"].keys() == {"eager", "ours"}
-        assert max(row["errors"].values()) <= 1e-4
+    all_of_them, _ = workload.work(model, [1250], 1)
+    assert flops == pytest.approx(all_of_them, rel=0.02)
+    assert flops < all_of_them
 
 
 def test_distillation_on_the_cpu(tmp_path, monkeypatch, capsys):
@@ -239,72 +372,14 @@ def test_bytes_held_by_a_gradient():
         )
 
 
-def test_the_plain_model_is_the_model():
-    """A ragged guided batch, and one graph under torch.compile, also from step tables."""
-    model, _ = workload.build("tiny", torch.device("cpu"), torch.float32)
-    noise, given = workload.request(model, 2, 40, 5, [40, 23])
-    graphs = []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    twin = plain.plain(model)
-    step = torch.compile(twin.evaluate, fullgraph=True, dynamic=False, backend=count)
-    with torch.no_grad():
-        cond = model.prepare(**given, guided=True)
-        want = sampler.sample(model, noise, cond, nfe=2, guidance=2.0)
-        compiled = plain.Compiled(twin)
-        compiled.evaluate = step
-        for other in (twin, compiled):
-            got = plain.plainly(sampler.sample)(other, noise, cond, nfe=2, guidance=2.0)
-            assert workload.error(got, want) <= 1e-5
-    assert len(graphs) == 1
-
-
-def test_what_runs_on_a_gpu_is_understood():
-    for command in (*gpu.BRIEF.values(), *gpu.FULL.values()):
-        _, name, options = gpu.parts(command)
-        importlib.import_module(f"benchmarks.{name}").parser().parse_args(options)
-
-
-def test_what_fails_on_a_gpu_does_not_stop_the_rest(tmp_path, monkeypatch):
-    tiny = "ops --sizes tiny --columns plain --ops ragged_copy"
-    monkeypatch.setattr(gpu, "BRIEF", {"first": "ops --sizes unknown", "second": tiny})
-    arguments = ["gpu", "--out", str(tmp_path), "--device", "cpu", "--rounds", "1"]
-    monkeypatch.setattr("sys.argv", [*arguments, "--commit", "abc"])
-    assert gpu.main() == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["second.json"]
-    results = json.loads((tmp_path / "second.json").read_text())
-    assert results["commit"] == "abc"
-    assert len(results["rows"]) == 1
-
-
-def test_a_wrong_contender_gets_no_ratio():
-    row = {
-        "model": "tiny",
-        "nfe": 1,
-        "batch": 1,
-        "seconds": 1.0,
-        "prompt": 0.0,
-        "prepare": "inside",
-        "floor_ms": 0.5,
-        "wrong": ["ours"],
-        "ms": {"eager": {"median": 2.0}, "ours": {"median": 1.0}},
-    }
-    printed = solver_graphs.line(row)
-    assert "WRONG" in printed
-    assert "2.000  1.00x    4.0f" in printed
-    assert "2.00x" not in printed
-
-
 def test_floor_of_an_f5_base_evaluation():
     """0.61 TFLOP at 10 s generated after a 3.3 s prompt, 378 MB of weights in bf16."""
     model, _ = workload.build("f5_base", torch.device("meta"), torch.bfloat16)
-    flops = workload.floor(model, [1250], 1, Ceilings(1e12, 1e30))
-    assert flops == pytest.approx(610, rel=0.03)
-    weights = workload.floor(model, [1], 1, Ceilings(1e30, 1e9))
-    assert weights == pytest.approx(378, rel=0.03)
+    flops, nbytes = workload.work(model, [1250], 1)
+    assert flops == pytest.approx(0.61e12, rel=0.03)
+    assert nbytes == pytest.approx(378e6, rel=0.03)
+    assert workload.limit(flops, nbytes, Ceilings(1e12, 1e12)) == flops / 1e12
+    assert workload.limit(flops, nbytes, Ceilings(1e30, 1e9)) == nbytes / 1e9
 
 
 def test_contenders_take_turns():
@@ -330,8 +405,8 @@ def test_times_on_a_device_are_of_one_call(monkeypatch):
 
     monkeypatch.setattr(timing, "device_milliseconds", clock)
     contenders = {ms: lambda ms=ms: spent.append(ms) for ms in (0.5, 3.0)}
-    times = timing.on_device(contenders, torch.device("cuda"), rounds=3)
-    assert {name: taken.median for name, taken in times.items()} == {0.5: 0.5, 3.0: 3.0}
+    taken = timing.turns_on_device(contenders, torch.device("cuda"), range(3))
+    assert taken == {0.5: [0.5] * 3, 3.0: [3.0] * 3}
 
 
 def test_operations_of_an_evaluation(tmp_path):
