@@ -16,7 +16,7 @@ installed := $(VENV)/.imf_kernels-installed
 client := $(VENV)/.f5_tts-installed
 log := $(VENV)/imf_kernels-install.log
 
-.PHONY: help demo test test-hosts test-build test-gpu bench-cpu bench-streaming bench-gpu \
+.PHONY: help demo test test-hosts test-build test-gpu bench bench-cpu bench-streaming bench-gpu \
 	bench-gpu-full bench-distillation count kernels docs figures lint clean
 
 help: ## This list
@@ -37,11 +37,15 @@ test-build: $(installed) ## The extension against a CUDA build of torch (needs n
 test-gpu: $(installed) ## Only the tests that need a CUDA device
 	$(py) -m pytest -m gpu $(ARGS)
 
-bench-gpu: $(installed) ## All benchmarks of a CUDA device, into benchmarks/results/ (10 minutes)
-	$(py) -m benchmarks.gpu $(ARGS)
+bench: $(client) ## All suites on this CPU, into benchmarks/results/cpu/ (10 minutes)
+	OMP_NUM_THREADS=2 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1000000000 \
+		$(py) -m benchmarks --device cpu --minutes 9.5 $(ARGS)
 
-bench-gpu-full: $(installed) ## The same, every column for every shape (hours: it compiles each)
-	$(py) -m benchmarks.gpu --full $(ARGS)
+bench-gpu: $(installed) ## All suites on a CUDA device, into benchmarks/results/<device>/ (10 minutes)
+	$(py) -m benchmarks --device cuda --minutes 10 $(ARGS)
+
+bench-gpu-full: $(installed) ## The same, every contender for every shape (hours: it compiles each)
+	$(py) -m benchmarks --device cuda --selection full $(ARGS)
 
 bench-cpu: $(client) ## F5-TTS's own sampler against ours on this CPU (10 minutes)
 	OMP_NUM_THREADS=2 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1000000000 \

@@ -43,9 +43,7 @@ def build(
         if family == "cosyvoice2":
             model: Any = CausalUNet(CausalUNetConfig(mixer=True, **sizes))
         else:
-            tower = {"dim": 64, "layers": 1} if name == "tiny" else {}
-            f5 = family.startswith("f5")
-            text = TextConfig(vocab=VOCABULARY, **tower) if f5 else None
+            text = TextConfig(vocab=VOCABULARY) if family.startswith("f5") else None
             model = DiT(DiTConfig.for_variant(family, text=text, mixer=True, **sizes))
         for key, parameter in model.named_parameters():
             if isinstance(model, DiT) and ("linear" in key or "proj_out" in key):
