@@ -292,7 +292,7 @@ def test_rtf(row: Row, contest: Contest, ceilings: Ceilings) -> None:
         def compiled_graph() -> Run:
             if not (conditions.cuda or conditions.tiny):
                 raise Unavailable("a CUDA graph needs CUDA")
-            return plainly(recipe(compiled(), found.plain, asked))
+            return plainly(plainly(recipe)(compiled(), found.plain, asked))
 
         def client() -> Run:
             if not found.family.startswith("f5"):
