@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 class Part(NamedTuple):
     """A suite's run: its share of the minutes, and what its environment is given."""
@@ -44,9 +46,11 @@ PARTS = {
 
 
 def command(suites: Sequence[str], out: Path, options: Sequence[str]) -> list[str]:
-    """pytest's, without the plugins that reorder rows, stop long ones and tabulate each."""
-    here = Path(__file__).parent
-    rows = [str(here / f"test_{suite}.py") for suite in suites]
+    """pytest's, from `ROOT`, without the plugins that reorder rows, stop long ones and tabulate."""
+    rows = [f"benchmarks/test_{suite}.py" for suite in suites]
+    out = out.resolve()
+    if out.is_relative_to(ROOT):  # the command is part of the results: no paths of this machine
+        out = out.relative_to(ROOT)
     plain = ["-p", "no:randomly", "-p", "no:cacheprovider", "--timeout=0", "--benchmark-quiet"]
     return [sys.executable, "-m", "pytest", *rows, *plain, f"--benchmark-json={out}", *options]
 
@@ -68,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in PARTS:
             parser.error(f"PART: expected any of {', '.join(PARTS)}, got {name}")
     options = [f"--device={args.device}", *options]
-    out = args.out or Path(__file__).parent / "results" / folder(args.device)
+    out = args.out or ROOT / "benchmarks/results" / folder(args.device)
     parts = {name: part for name, part in PARTS.items() if name in args.parts}
     if not args.parts:
         early = launches_early(args.device)
@@ -81,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{name}", flush=True)
         start = time.monotonic()
         run = subprocess.run(
-            command([part.suite], out.resolve() / f"{name}.json", given),
-            cwd=Path(__file__).parents[1],
+            command([part.suite], out / f"{name}.json", given),
+            cwd=ROOT,
             env=environment(**part.variables),
             check=False,
         )

@@ -21,8 +21,6 @@ from benchmarks.timing import Clock, Run, milliseconds
 
 Row = dict[str, Any]
 """What tells a row from others: numbers and words, as the results state it."""
-
-
 Gate = Callable[[Any], tuple[float, float]]
 """Of a result: its error, and the largest that is accepted."""
 
