@@ -51,10 +51,10 @@ def run(module, arguments, out, monkeypatch, status=0):
     return results
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """What a run over every path of every suite writes."""
-    out = tmp_path_factory.mktemp("results") / "new" / "tiny.json"
+@pytest.mark.timeout(900)
+def test_every_path_of_every_suite(tmp_path):
+    """In one run, for it takes half a minute."""
+    out = tmp_path / "new" / "tiny.json"
     names = list(dict.fromkeys(part.suite for part in suites.PARTS.values()))
     options = ["--selection=tiny", "--device=cpu", "--rounds=2", "--commit=abc", "-q"]
     done = subprocess.run(
@@ -66,10 +66,13 @@ def tiny(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    return json.loads(out.read_text())
+    results = json.loads(out.read_text())
+    every_record_says_what_it_is(results)
+    every_contender_takes_part(results)
+    records_tell_what_they_found(results)
 
 
-def test_every_record_says_what_it_is(tiny):
+def every_record_says_what_it_is(tiny):
     facts = {"device", "cpu", "dtype", "threads", "versions", "commit", "backends", "command"}
     assert facts <= tiny["machine_info"].keys()
     assert tiny["commit_info"]["id"] == tiny["machine_info"]["commit"] == "abc"
@@ -96,7 +99,7 @@ def test_every_record_says_what_it_is(tiny):
     }
 
 
-def test_every_contender_takes_part(tiny):
+def every_contender_takes_part(tiny):
     entered: dict[str, set[str]] = {}
     for record in tiny["benchmarks"]:
         told = record["extra_info"]
@@ -117,7 +120,7 @@ def test_every_contender_takes_part(tiny):
         assert out["suite"] in entered
 
 
-def test_what_records_tell(tiny):
+def records_tell_what_they_found(tiny):
     told = {
         (record["extra_info"]["suite"], record["extra_info"]["contender"]): record["extra_info"]
         for record in tiny["benchmarks"]
