@@ -17,7 +17,7 @@ client := $(VENV)/.f5_tts-installed
 log := $(VENV)/imf_kernels-install.log
 
 .PHONY: help demo test test-hosts test-build test-gpu bench bench-cpu bench-streaming bench-gpu \
-	bench-gpu-full bench-distillation count kernels docs figures lint clean
+	bench-gpu-full bench-distillation bench-report count kernels docs figures lint clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -60,6 +60,9 @@ count: $(installed) ## Operations, FLOPs and bytes of one evaluation, beside F5-
 
 bench-distillation: $(installed) ## What a supervised interval costs, counted (2 minutes)
 	$(py) -m benchmarks.distillation --device cpu --out benchmarks/results/cpu/distillation.json $(ARGS)
+
+bench-report: $(installed) ## benchmarks/REPORT.md and its plots, of all results that there are
+	$(py) -m benchmarks.report $(ARGS)
 
 kernels: $(installed) ## Registers, stack and shared memory of every kernel, compiled without a GPU
 	$(py) -m benchmarks.kernels $(ARGS)

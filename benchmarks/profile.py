@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import count, report
-from benchmarks.evaluation import kernels
+from benchmarks import count, facts
+from benchmarks.launches import launches
 from benchmarks.timing import Run, interleaved, synchronize
 from benchmarks.workload import PROMPT_SECONDS, SIZES, build, request
 from imf_kernels import profiling, sampler
@@ -157,7 +157,7 @@ def operations() -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = report.parser(__doc__, rounds=3)
+    found = facts.parser(__doc__, rounds=3)
     found.set_defaults(dtype=None)
     found.add_argument("--model", default="f5_base", choices=tuple(SIZES))
     found.add_argument("--nfe", type=int, default=3)
@@ -179,7 +179,7 @@ def main() -> int:
         return 0
     device = torch.device(args.device)
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    found = report.Report("profile", args)
+    found = facts.Report("profile", args)
     with torch.no_grad():
         model, rate = build(args.model, device, getattr(torch, args.dtype))
         prompt = round(args.prompt * rate)
@@ -222,7 +222,7 @@ def main() -> int:
             title = f"{args.model}, {frames} frames, NFE {args.nfe}, {name}"
             rows = ranges(solve, device, args.rounds)
             found.add({"what": name, "frames": frames, "ranges": rows}, table(title, rows))
-        seen = kernels(evaluate, device, most=20)
+        seen = launches(evaluate, device, most=20)
         found.add({"what": "evaluation", "frames": frames, "kernels": seen}, launched(seen))
     return found.finish()
 

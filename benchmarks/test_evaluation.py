@@ -23,14 +23,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contest import Conditions, Contest, Row, Unavailable
+from benchmarks.launches import launches
 from benchmarks.plain import plain, plainly
-from benchmarks.timing import Ceilings, Run, graphed, synchronize, turns_on_device
+from benchmarks.timing import Ceilings, Run, graphed, turns_on_device
 from benchmarks.workload import (
     PROMPT_SECONDS,
     allowed,
@@ -159,31 +158,6 @@ def library(model: DiT, batch: int, frames: int, device: torch.device) -> dict[s
     return {"library_seconds": sum(s for _, s in best.values()), "library": parts}
 
 
-def kernels(run: Run, device: torch.device, most: int = 12) -> dict[str, Any]:
-    """What one call launches, by the profiler; on the CPU, which has no kernels, its operations."""
-    run()
-    synchronize(device)
-    cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as trace:
-        run()
-        synchronize(device)
-    kind, total = DeviceType.CPU, "self_cpu_time_total"
-    if cuda:
-        kind, total = DeviceType.CUDA, "self_device_time_total"
-    entries = [e for e in trace.key_averages() if e.device_type == kind]
-    launched = [e for e in entries if not e.key.startswith(("Memcpy", "Memset"))]
-    if not launched:
-        raise RuntimeError("the profiler saw no kernel")
-    launched.sort(key=lambda entry: getattr(entry, total), reverse=True)
-    us = sum(getattr(entry, total) for entry in entries)
-    top = [
-        {"name": e.key, "count": e.count, "us": getattr(e, total), "share": getattr(e, total) / us}
-        for e in launched[:most]
-    ]
-    count = sum(e.count for e in launched)
-    return {"count": count, "copies": sum(e.count for e in entries) - count, "us": us, "top": top}
-
-
 @functools.lru_cache(maxsize=1)
 def models(name: str, device: torch.device, dtype: torch.dtype, depth: int | None) -> Any:
     model, rate = build(name, device, dtype, depth)
@@ -243,5 +217,5 @@ def test_evaluation(row: Row, contest: Contest, ceilings: Ceilings) -> None:
     enter("torch.compile", compiled, bound, "peer")
     if not ragged:
         contest.tell("ours", **library(model, len(lengths), longest, device))
-    contest.tell("ours", kernels=kernels(ours(model), device))
+    contest.tell("ours", kernels=launches(ours(model), device))
     contest.time(None)

@@ -19,7 +19,7 @@ def record(contender="ours", role="ours", seconds=(1.0,) * 8, error=1e-6, row=No
     group = f"rtf | {row['model']}, NFE {row['nfe']}{', guided' * row['guidance']}"
     return {
         "group": group,
-        "name": f"test_rtf: {contender}",
+        "name": f"test_rtf[{group[6:]}]: {contender}",
         "extra_info": {**told, "error": error, "audio_seconds": 10.0, **more},
         "stats": {"data": list(seconds)},
     }
@@ -78,7 +78,10 @@ def test_what_a_run_left_out_is_named(tmp_path):
     left_out = [{"suite": "rtf", "row": ROW, "contender": "F5-TTS", "why": "not installed"}]
     left_out.append({"row": "a row", "contender": None, "why": "no time"})
     _, missing = shown(tmp_path, left_out=left_out)
-    assert missing == [("f5_base, float32, nfe 3: F5-TTS", "not installed"), ("a row", "no time")]
+    assert missing == [
+        ("rtf | f5_base, float32, nfe 3: F5-TTS", "not installed"),
+        ("a row", "no time"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +101,10 @@ def test_what_a_run_left_out_is_named(tmp_path):
         (
             lambda found: found["benchmarks"][0]["stats"].update(data=[1.0, -1.0]),
             r"stats.data: expected seconds of every round, got \[1.0, -1.0\]",
+        ),
+        (
+            lambda found: found["benchmarks"][0]["extra_info"].update(error="small"),
+            "error: expected a number or nothing, got 'small'",
         ),
         (lambda found: found["benchmarks"].append(found["benchmarks"][0]), "plain' twice"),
         (lambda found: found["left_out"].append({"row": "a row"}), "left_out: expected 'why'"),
@@ -178,17 +185,17 @@ def test_a_table_of_a_suite(tmp_path):
     for nfe, seconds in ((1, 1.0), (3, 3.0)):
         row = {"nfe": nfe}
         records.append(baseline(seconds=[2 * seconds] * 8, row=row))
-        records.append(record(seconds=[seconds] * 8, row=row, floor_seconds=0.5, captures=2))
+        records.append(record(seconds=[seconds] * 8, row=row, floor_seconds=0.5, bytes_held=2**30))
     rows, _ = shown(tmp_path, *records)
-    (table,) = tables.suite_tables(rows, "a CPU")
+    (table,) = tables.test_tables(rows, "a CPU")
     sure = "2.00x (2.00 to 2.00)"
     assert table.split("\n") == [
         "**f5_base, float32, batch 1, seconds 10**",
         "",
         "| nfe | plain | ours |",
         "| --- | --- | --- |",
-        f"| 1 | 0.200<br>baseline | 0.100<br>{sure}<br>2.00x the floor<br>2 captures |",
-        f"| 3 | 0.600<br>baseline | 0.300<br>{sure}<br>6.00x the floor<br>2 captures |",
+        f"| 1 | 0.200<br>baseline | 0.100<br>{sure}<br>2.00x the floor<br>1.00 GiB held |",
+        f"| 3 | 0.600<br>baseline | 0.300<br>{sure}<br>6.00x the floor<br>1.00 GiB held |",
     ]
 
 
@@ -196,11 +203,11 @@ def test_the_papers_figures_stand_beside_an_a100s(tmp_path):
     guided = {"nfe": 32, "guidance": True}
     records = [baseline(), record(), baseline(row=guided), record(row=guided)]
     rows, _ = shown(tmp_path, *records, device="NVIDIA A100-SXM4-80GB")
-    (table,) = tables.suite_tables(rows, "NVIDIA A100-SXM4-80GB")
+    (table,) = tables.test_tables(rows, "NVIDIA A100-SXM4-80GB")
     header, _, *lines = table.split("\n")[2:]
     assert header.endswith("| the paper |")
     assert [line.split(" | ")[-1] for line in lines] == ["0.021 |", "0.243 |"]
-    (other,) = tables.suite_tables(rows, "NVIDIA H200")
+    (other,) = tables.test_tables(rows, "NVIDIA H200")
     assert "the paper" not in other
     assert tables.published({**ROW, "batch": 4}) is None
 
@@ -209,7 +216,7 @@ def test_the_papers_figures_stand_beside_an_a100s(tmp_path):
 
 
 def made(folder):
-    """Results of two devices, a profile, and the quickstart's of two seeds."""
+    """Results of two devices, a profile, and another script's."""
     records = []
     for nfe in (1, 3, 32):
         for guidance in (False, True):
@@ -220,21 +227,17 @@ def made(folder):
                 records.append(record(name, role, seconds, row=row, **work))
     results = folder / "results"
     write(results / "cpu" / "rtf.json", *records, record("alone", row={"nfe": 16}))
-    write(results / "A100" / "rtf.json", *records, device="NVIDIA A100")
-    operators = [{"name": f"op {i}", "count": 1, "seconds": 1 / (i + 1)} for i in range(12)]
-    (results / "cpu" / "profile.json").write_text(json.dumps({"operators": operators}))
+    write(results / "A100" / "rtf.json", baseline(), record(), device="NVIDIA A100")
+    kernels = {"us": 12.0, "top": [{"name": "a kernel", "us": 9.0}]}
+    ranges = [{"range": "solve", "self": 1.0, "device self": 0.0}]
+    profile = {"rows": [{"what": "eager", "ranges": ranges}, {"what": "one", "kernels": kernels}]}
+    (results / "cpu" / "profile.json").write_text(json.dumps(profile))
     (results / "cpu" / "distillation.json").write_text('{"rows": []}')
-    for seed in range(2):
-        found = folder / "examples" / "quickstart" / "results" / f"seed{seed}.json"
-        found.parent.mkdir(parents=True, exist_ok=True)
-        key = {"model": "student", "grid": "uniform"}
-        rows = [{**key, "nfe": nfe, "frechet": 1.0 + seed} for nfe in (1, 2)]
-        found.write_text(json.dumps({"rows": rows}))
-    return results, folder / "examples"
+    return results
 
 
 def test_the_page(tmp_path):
-    results, examples = made(tmp_path)
+    results, examples = made(tmp_path), tmp_path / "no examples"
     out = tmp_path / "report" / "REPORT.md"
     page.write(results, examples, out)
     text = out.read_text()
@@ -250,20 +253,21 @@ def test_the_page(tmp_path):
     assert a100 < cpu < quality_ < paper
     assert "- no baseline that passed the gate: rtf | f5_base, NFE 16" in text[cpu:]
     assert "alone" not in text
-    assert "No data for the plots: time breakdown." in text[a100:cpu]
+    assert "No data for the plots: roofline, time breakdown." in text[a100:cpu]
     assert "No data for the plots" not in text[cpu:]
     assert "Results of other scripts: `distillation.json`." in text[cpu:]
-    assert "No results of: text2mel, compare_objectives." in text
+    assert "No results of: quickstart, text2mel, compare_objectives." in text
 
     pictures = {path.relative_to(out.parent).as_posix(): path for path in out.parent.rglob("*.png")}
-    assert len(pictures) == 6
+    assert len(pictures) == 4
     assert all(f"]({name})" in text for name in pictures)
-    assert text.count("![") == 6
-    first = {name: path.read_bytes() for name, path in pictures.items()}
-    assert all(data.startswith(b"\x89PNG\r\n\x1a\n") for data in first.values())
-    page.write(results, examples, out)
-    assert {name: path.read_bytes() for name, path in pictures.items()} == first
-    assert out.read_text() == text
+    assert text.count("![") == 4
+    again = tmp_path / "again" / "REPORT.md"
+    page.write(results, examples, again)
+    assert again.read_text() == text
+    for name, path in pictures.items():
+        assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        assert (again.parent / name).read_bytes() == path.read_bytes()
 
 
 def test_a_folder_is_a_device(tmp_path):
@@ -279,9 +283,26 @@ def test_no_data_no_plot(tmp_path):
     path = tmp_path / "plot.png"
     assert plots.rtf([], "a CPU", path) is None
     assert plots.roofline([], None, "a CPU", path) is None
-    assert plots.breakdown({"operators": [], "ranges": []}, "a CPU", path) is None
-    assert plots.breakdown([], "a CPU", path) is None
+    assert plots.breakdown(plots.profiled([]), "a CPU", path) is None
+    assert plots.breakdown(plots.profiled({"rows": [{"ms": 1}]}), "a CPU", path) is None
     assert not path.exists()
+
+
+def test_where_the_time_goes(tmp_path):
+    kernels = {"us": 20.0, "top": [{"name": "long " * 10, "us": 11.0}, {"name": "b", "us": 4.0}]}
+    rows, _ = shown(tmp_path, baseline(), record(kernels=kernels))
+    parts = plots.evaluated(rows)
+    assert parts == {
+        "an evaluation, f5_base, float32, nfe 3, batch 1, seconds 10": [
+            ("long " * 10, 11.0),
+            ("b", 4.0),
+            ("others", 5.0),
+        ]
+    }
+    plot = plots.breakdown(parts, "a CPU", tmp_path / "plot.png")
+    assert plot.alt.endswith("long long… 55 %, b 20 %, others 25 %")
+    many = {"many": [(str(i), 1.0) for i in range(20)]}
+    assert plots.breakdown(many, "a CPU", tmp_path / "plot.png").alt.endswith(", others 50 %")
 
 
 def test_the_rows_with_the_most_steps_are_drawn(tmp_path):
@@ -297,14 +318,31 @@ def test_the_rows_with_the_most_steps_are_drawn(tmp_path):
     assert "seconds 10: 0.100 (ours, NFE 1) to 0.200 (plain, NFE 1)" in plot.alt
 
 
-def test_means_over_seeds(tmp_path):
-    _, examples = made(tmp_path)
+def test_quality(tmp_path):
+    examples = tmp_path / "examples"
+    taught, compared = (
+        examples / name / "results" / "seed0.json" for name in ("quickstart", "compare_objectives")
+    )
+    for path in (taught, compared):
+        path.parent.mkdir(parents=True)
+    key = {"model": "student", "grid": "uniform"}
+    rows = [{**key, "nfe": nfe, "frechet": 2.0 / nfe} for nfe in (1, 2)]
+    taught.write_text(json.dumps({"rows": rows}))
+    row = {"nfe": 1, "to_teacher": 0.1, "frechet": 1.0}
+    end = {"budgets": ["updates", "seconds"], "updates": 64, "seconds": 1.0, "rows": [row]}
+    settings = {"method": "int_mean_flow", "seed": 0}
+    compared.write_text(json.dumps({"settings": settings, "snapshots": [end]}))
     drawn, without = quality.draw(examples, tmp_path / "plots")
-    assert [plot.path.name for plot in drawn] == ["quickstart.png"]
-    assert without == ["text2mel", "compare_objectives"]
-    files = sorted((examples / "quickstart" / "results").iterdir())
-    rows = quality.means([json.loads(path.read_text()) for path in files])
-    assert [row["frechet"] for row in rows] == [1.5, 1.5]
+    assert [plot.path.name for plot in drawn] == ["quickstart.png", "compare_objectives.png"]
+    assert all(plot.path.stat().st_size > 10_000 for plot in drawn)
+    assert "IntMeanFlow" in drawn[1].alt
+    assert without == ["text2mel"]
+
+
+def test_means_over_runs():
+    key = {"model": "student", "grid": "uniform", "nfe": 1}
+    runs = [{"rows": [{**key, "frechet": value, "note": "-"}]} for value in (1.0, 2.0)]
+    assert quality.means(runs) == [{**key, "frechet": 1.5}]
 
 
 # -- comparison -----------------------------------------------------------------------------------
@@ -332,12 +370,14 @@ def pair(tmp_path, old, new):
 
 def test_two_files(tmp_path):
     old = [baseline(), record("slower"), record("faster"), record("wrong"), record("gone")]
+    old.append(record("mended", error=1.0))
     new = [
         baseline(),
         record("slower", seconds=[1.25] * 8),
         record("faster", seconds=[0.8] * 8),
         record("wrong", error=1.0),
         record("came"),
+        record("mended"),
     ]
     runs = pair(tmp_path, old, new)
     found = comparison.compare(*runs)
@@ -349,7 +389,8 @@ def test_two_files(tmp_path):
     ]
     assert found.only_old == ["rtf | f5_base, NFE 3: gone"]
     assert found.only_new == ["rtf | f5_base, NFE 3: came"]
-    assert found.wrong == ["rtf | f5_base, NFE 3: wrong"]
+    assert found.is_wrong == ["rtf | f5_base, NFE 3: wrong"]
+    assert found.was_wrong == ["rtf | f5_base, NFE 3: mended"]
     text = comparison.text(*runs, found)
     assert (
         r"| rtf \| f5_base, NFE 3 | slower | 1.00 s | 1.25 s | 1.25 | 1.25 to 1.25 | slower |"

@@ -37,7 +37,7 @@ def main() -> int:
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     print(comparison.text(old, new, found))
-    worse = found.wrong or any(each.verdict == "slower" for each in found.differences)
+    worse = found.is_wrong or any(each.verdict == "slower" for each in found.differences)
     return int(args.fail_on_slower and bool(worse))
 
 

@@ -35,8 +35,9 @@ class Comparison(NamedTuple):
     differences: list[Difference]
     only_old: list[str]
     only_new: list[str]
-    wrong: list[str]
-    """Failed the correctness gate in the new file."""
+    was_wrong: list[str]
+    is_wrong: list[str]
+    """Failed the correctness gate, in the old file and in the new one."""
 
 
 def compare(old: Run, new: Run, threshold: float = THRESHOLD) -> Comparison:
@@ -64,15 +65,16 @@ def compare(old: Run, new: Run, threshold: float = THRESHOLD) -> Comparison:
                 )
     return Comparison(
         differences,
-        only_old=[": ".join(key) for key, record in before.items() if key not in after],
-        only_new=[": ".join(key) for key, record in after.items() if key not in before],
-        wrong=[": ".join(key) for key, record in after.items() if not record.right],
+        only_old=[": ".join(key) for key in before if key not in after],
+        only_new=[": ".join(key) for key in after if key not in before],
+        was_wrong=[": ".join(key) for key, record in before.items() if not record.right],
+        is_wrong=[": ".join(key) for key, record in after.items() if not record.right],
     )
 
 
 def verdict(found: Ratio, threshold: float) -> str:
-    """ "faster" or "slower": 1 lies outside of the interval, and the ratio beyond the threshold;
-    "same": the whole interval lies within the threshold; "unclear" otherwise."""
+    """What a ratio means: "faster" or "slower" if 1 lies outside of the interval, and the ratio
+    beyond the threshold; "same" if the whole interval lies within it; "unclear" otherwise."""
     if found.high < 1 and found.value <= 1 - threshold:
         return "faster"
     if found.low > 1 and found.value >= 1 + threshold:
@@ -104,7 +106,8 @@ def text(old: Run, new: Run, found: Comparison) -> str:
         ", ".join(f"{counts[each]} {each}" for each in ("faster", "slower", "same", "unclear")),
         _listed("Only in the old file", found.only_old),
         _listed("Only in the new file", found.only_new),
-        _listed("Wrong in the new file", found.wrong),
+        _listed("Wrong in the old file", found.was_wrong),
+        _listed("Wrong in the new file", found.is_wrong),
         CAVEAT,
     ]
     return "\n\n".join(part for part in parts if part)

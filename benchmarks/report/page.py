@@ -74,6 +74,7 @@ def _device(folder: Path, runs: Sequence[Run], out: Path) -> Iterator[str]:
     device, drawn = runs[0].device, out.parent / "plots" / folder.name
     reference = ", the reference device" if tables.REFERENCE in device else ""
     yield f"## {device}{reference}"
+    yield "\n".join(_facts(run) for run in runs)
     missing: list[Missing] = []
     others: list[str] = []
     without = {"RTF against NFE", "roofline", "time breakdown"}
@@ -86,6 +87,9 @@ def _device(folder: Path, runs: Sequence[Run], out: Path) -> Iterator[str]:
             "roofline": plots.roofline(
                 rows, run.ceilings, device, drawn / f"{run.path.stem}-roofline.png"
             ),
+            "time breakdown": plots.breakdown(
+                plots.evaluated(rows), device, drawn / f"{run.path.stem}-breakdown.png"
+            ),
         }
         for name, plot in found.items():
             if plot is not None:
@@ -93,7 +97,7 @@ def _device(folder: Path, runs: Sequence[Run], out: Path) -> Iterator[str]:
                 yield _image(plot, out)
     for path in sorted(set(folder.glob("*.json")) - {run.path for run in runs}):
         profile = json.loads(path.read_text())
-        plot = plots.breakdown(profile, device, drawn / f"{path.stem}.png")
+        plot = plots.breakdown(plots.profiled(profile), device, drawn / f"{path.stem}.png")
         if plot is None:
             others.append(f"`{path.name}`")
         else:
@@ -106,15 +110,21 @@ def _device(folder: Path, runs: Sequence[Run], out: Path) -> Iterator[str]:
         yield f"Results of other scripts: {', '.join(others)}."
 
 
+def _facts(run: Run) -> str:
+    facts = [f"commit {run.commit}", run.date]
+    if "threads" in run.machine:
+        facts.append(f"{run.machine['threads']} threads")
+    versions = run.machine.get("versions") or {}
+    facts += [f"{name} {version}" for name, version in versions.items() if version]
+    return f"- `{run.path.name}`: {', '.join(facts)}"
+
+
 def _tables(run: Run, rows: Sequence[Row]) -> Iterator[str]:
-    for suite in dict.fromkeys(row.suite for row in rows):
-        title, what = tables.SUITES.get(suite, (suite, ""))
-        versions = run.machine.get("versions") or {}
-        facts = [f"commit {run.commit[:12]}{'-dirty' * run.commit.endswith('-dirty')}", run.date]
-        facts += [f"{name} {version}" for name, version in versions.items() if version]
+    for test in dict.fromkeys(row.test for row in rows):
+        title, what, _ = tables.TESTS.get(test, tables.Test(test))
         yield f"### {title}"
-        yield f"{what} `{run.path.name}`: {', '.join(facts)}.".strip()
-        yield from tables.suite_tables([row for row in rows if row.suite == suite], run.device)
+        yield f"{what} (`{run.path.name}`)".lstrip()
+        yield from tables.test_tables([row for row in rows if row.test == test], run.device)
 
 
 def _missing(missing: Iterable[Missing]) -> Iterator[str]:

@@ -7,6 +7,7 @@ with the same version of matplotlib.
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,9 @@ from benchmarks.report.results import Record, Row, said
 from benchmarks.report.tables import PAPER, REFERENCE, significant
 from imf_kernels.files import replacing
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, told apart by colour-blind readers too; markers differ as well."""
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = (*OKABE_ITO, "#882255")
+"""Told apart by colour-blind readers too; markers differ as well."""
 MARKERS = "os^vDP*X<>"
 GREY = "#7F7F7F"
 
@@ -42,35 +44,36 @@ def rtf(rows: Sequence[Row], device: str, path: Path) -> Plot | None:
         record.contender for rows in panels for row in rows for record in row.records
     )
     styles = _styles(names)
+    steps = sorted({row.stated["nfe"] for rows in panels for row in rows})
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(1 + 4.5 * columns, 1 + 3.4 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
-    said_of = []
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    words = []
     for axis, chosen in zip(axes, panels, strict=False):
-        stated = chosen[0].stated
-        title = said(stated, leave=("nfe", "guidance"))
+        title = said(chosen[0].stated, leave=("nfe", "guidance"))
         for name, guided, points in _curves(chosen):
             label = f"{name}, guided" if guided else name
             line = "--" if guided else "-"
             axis.plot(*zip(*points, strict=True), linestyle=line, label=label, **styles[name])
         if REFERENCE in device:
-            _draw_paper(axis, stated["model"])
-        _nfe_axis(axis, sorted({row.stated["nfe"] for row in chosen}))
-        axis.set(title=title, ylabel="RTF", yscale="log")
-        said_of.append(f"{title}: {_best(chosen)}")
+            _draw_paper(axis, chosen[0].stated["model"])
+        _nfe_axis(axis, steps)
+        axis.set(ylabel="RTF", yscale="log")
+        axis.set_title(title, fontsize=9, loc="left")
+        words.append(f"{title}: {_ends(chosen)}")
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     _legend(figure, axes)
     _save(figure, path)
-    return Plot(path, f"RTF against NFE on {device}. " + "; ".join(said_of))
+    return Plot(path, f"RTF against NFE on {device}. " + "; ".join(words))
 
 
 def _by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         whole = all(record.more.get("audio_seconds") for record in row.records)
-        if row.suite == "rtf" and whole and {"model", "nfe"} <= row.stated.keys():
+        if row.test == "rtf" and whole and {"model", "nfe"} <= row.stated.keys():
             found.setdefault(row.stated["model"], []).append(row)
     return found
 
@@ -97,7 +100,7 @@ def _curves(rows: Sequence[Row]) -> Iterator[tuple[str, bool, list[tuple[int, fl
         yield name, guided, sorted(points)
 
 
-def _best(rows: Sequence[Row]) -> str:
+def _ends(rows: Sequence[Row]) -> str:
     """The smallest and the largest RTF, in words."""
     every = [(_rtf(record), record, row) for row in rows for record in row.records]
     ends = (pick(every, key=lambda each: each[0]) for pick in (min, max))
@@ -127,13 +130,9 @@ def roofline(
     figure = Figure(figsize=(5 + 5 * both, 5), layout="constrained")
     axes = figure.subplots(1, 1 + both, squeeze=False)[0]
     if ceilings and both:
-        at = [r.more["flops"] / r.more["bytes"] for r in counted]
-        flops, bandwidth = ceilings["flops"], ceilings["bandwidth"]
-        ridge = flops / bandwidth
-        corners = [min(*at, ridge) / 2, ridge, max(*at, ridge) * 2]
-        roof = [min(flops, bandwidth * x) for x in corners]
-        axes[0].plot(corners, roof, color=GREY, label="the device's limit")
-        _scatter(axes[0], styles, counted, at, [r.more["flops"] / r.median for r in counted])
+        intensity = [r.more["flops"] / r.more["bytes"] for r in counted]
+        _draw_roof(axes[0], ceilings["flops"], ceilings["bandwidth"], intensity)
+        _scatter(axes[0], styles, counted, intensity, [r.more["flops"] / r.median for r in counted])
         axes[0].set(title="speed below the limit", xlabel="FLOP a byte", ylabel="FLOP/s")
     floors, times = [r.more["floor_seconds"] for r in records], [r.median for r in records]
     ends = [min(floors), max(floors)]
@@ -154,8 +153,15 @@ def roofline(
     )
 
 
+def _draw_roof(axis: Axes, flops: float, bandwidth: float, intensity: Sequence[float]) -> None:
+    ridge = flops / bandwidth
+    corners = [min(*intensity, ridge) / 2, ridge, max(*intensity, ridge) * 2]
+    roof = [min(flops, bandwidth * x) for x in corners]
+    axis.plot(corners, roof, color=GREY, label="the device's limit")
+
+
 def _kind(record: Record) -> str:
-    return f"{record.suite}: {record.contender}"
+    return f"{record.test}: {record.contender}"
 
 
 def _scatter(
@@ -171,34 +177,72 @@ def _scatter(
         axis.plot(*at, linestyle="none", alpha=0.7, label=name, **style)
 
 
-def breakdown(profile: Any, device: str, path: Path) -> Plot | None:
-    """The operators that an evaluation's time goes to; the ranges where those are not known.
+Parts = list[tuple[str, float]]
+"""Names, and the time of each in whatever unit."""
 
-    `profile` is what `benchmarks.profile` wrote; nothing is drawn of another script's results.
-    """
-    if not isinstance(profile, dict):
+
+def breakdown(panels: Mapping[str, Parts], device: str, path: Path) -> Plot | None:
+    """Where the time of each goes: the longest ten parts of it, and all others."""
+    shown = {title: _shares(parts) for title, parts in panels.items() if parts}
+    if not shown:
         return None
-    found = profile.get("operators") or profile.get("ranges") or []
-    parts = sorted(((each["name"], each["seconds"]) for each in found), key=lambda part: -part[1])
-    total = sum(seconds for _, seconds in parts)
-    if not total:
-        return None
-    shown, rest = parts[:10], sum(seconds for _, seconds in parts[10:])
-    if rest:
-        shown.append((f"{len(parts) - 10} others", rest))
-    shares = [100 * seconds / total for _, seconds in shown]
-    figure = Figure(figsize=(8, 1 + 0.35 * len(shown)), layout="constrained")
-    axis = figure.subplots()
-    bars = axis.barh([name for name, _ in shown], shares, color=COLORS[0])
-    axis.bar_label(bars, fmt="%.1f", padding=3)
-    axis.invert_yaxis()
-    axis.set(xlabel="share of the time, %")
-    axis.spines[["top", "right"]].set_visible(False)
+    heights = [1 + 0.3 * len(shares) for shares in shown.values()]
+    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(shown), squeeze=False, height_ratios=heights).flatten()
+    words = []
+    for axis, (title, shares) in zip(axes, shown.items(), strict=True):
+        names, values = zip(*shares.items(), strict=True)
+        axis.bar_label(axis.barh(names, values, color=COLORS[0]), fmt="%.1f", padding=3)
+        axis.invert_yaxis()
+        axis.set(xlabel="share of the time, %")
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        said_of = (f"{name} {share:.0f} %" for name, share in shares.items())
+        words.append(f"{title}: {', '.join(said_of)}")
     _save(figure, path)
-    words = ", ".join(
-        f"{name} {share:.0f} %" for (name, _), share in zip(shown, shares, strict=True)
-    )
-    return Plot(path, f"Where the time of an evaluation goes on {device}. {words}")
+    return Plot(path, f"Where the time goes on {device}. {'; '.join(words)}")
+
+
+def _shares(parts: Parts) -> dict[str, float]:
+    """In percent; those called "others" are the last."""
+    total = sum(time for _, time in parts)
+    found: Counter[str] = Counter()
+    named = sorted(((name, time) for name, time in parts if name != OTHERS), key=lambda p: -p[1])
+    for name, time in named[:10]:
+        found[name if len(name) <= 40 else f"{name[:39]}…"] += 100 * time / total
+    others = 100 - found.total()
+    return dict(found) | ({OTHERS: others} if others > 0.05 else {})
+
+
+OTHERS = "others"
+
+
+def kernels(found: Mapping[str, Any]) -> Parts:
+    """Of what a profiler saw of an evaluation: microseconds in all, and those of the longest."""
+    parts = [(each["name"], each["us"]) for each in found["top"]]
+    return [*parts, (OTHERS, found["us"] - sum(us for _, us in parts))]
+
+
+def evaluated(rows: Sequence[Row]) -> dict[str, Parts]:
+    """The kernels of the first evaluation that was profiled."""
+    for row in rows:
+        for record in row.records:
+            if record.more.get("kernels"):
+                return {f"an evaluation, {said(row.stated)}": kernels(record.more["kernels"])}
+    return {}
+
+
+def profiled(found: Any) -> dict[str, Parts]:
+    """Ranges without those inside them, and kernels, from `benchmarks.profile`; else nothing."""
+    panels: dict[str, Parts] = {}
+    for row in found.get("rows", []) if isinstance(found, dict) else []:
+        if "ranges" in row:
+            on_device = any(each["device self"] for each in row["ranges"])
+            key = "device self" if on_device else "self"
+            panels[f"{row['what']}, ranges"] = [(e["range"], e[key]) for e in row["ranges"]]
+        elif "kernels" in row:
+            panels[f"{row['what']}, kernels"] = kernels(row["kernels"])
+    return panels
 
 
 def _styles(names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -212,6 +256,7 @@ def _nfe_axis(axis: Axes, steps: Sequence[int]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(steps, labels=[str(step) for step in steps])
     axis.xaxis.set_minor_locator(NullLocator())
+    axis.tick_params(labelbottom=True)  # the panel below may be hidden
     axis.set_xlabel("solver steps (NFE)")
 
 

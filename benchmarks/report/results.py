@@ -19,7 +19,7 @@ class Record:
 
     Attributes:
         group: Names the row within its file, "rtf | f5_base, 1 x 10 s, NFE 3".
-        suite: "rtf", "ops", ...
+        test: What was measured, of a suite's test functions: "rtf", "ops", "rollout", ...
         row: What the row states: model, dtype, NFE, ...
         contender: Names the record within its row.
         role: One of `ROLES`.
@@ -29,7 +29,7 @@ class Record:
     """
 
     group: str
-    suite: str
+    test: str
     row: Mapping[str, Any]
     contender: str
     role: str
@@ -58,7 +58,7 @@ class Missing(NamedTuple):
 class Row(NamedTuple):
     """Contenders that passed the gate, the baseline among them."""
 
-    suite: str
+    test: str
     stated: Mapping[str, Any]
     records: tuple[Record, ...]
     baseline: Record
@@ -102,7 +102,7 @@ class Run:
             elif all(record.role != "ours" for record in passed):
                 missing.append(Missing(group, "nothing of ours that passed the gate"))
             else:
-                rows.append(Row(records[0].suite, records[0].row, passed, baselines[0]))
+                rows.append(Row(records[0].test, records[0].row, passed, baselines[0]))
         return rows, missing
 
 
@@ -135,7 +135,7 @@ def load(path: Path) -> Run:
         device=str(machine.get("cpu", device)) if device == "CPU" else device,
         machine=machine,
         ceilings=found.get("ceilings"),
-        commit=f"{commit.get('id') or 'unknown'}{'-dirty' if commit.get('dirty') else ''}",
+        commit=_short(str(commit.get("id") or "unknown"), bool(commit.get("dirty"))),
         date=str(found.get("datetime", "unknown"))[:10],
         records=records,
         left_out=tuple(_left_out(each, path) for each in found.get("left_out", [])),
@@ -177,9 +177,12 @@ def _record(found: Any, where: str) -> Record:
     role = _get(extra, "role", str, inside)
     if role not in ROLES:
         raise ValueError(f"{inside}.role: expected one of {', '.join(ROLES)}, got {role!r}")
+    for key in ("error", "bound"):
+        if not isinstance(extra.get(key), int | float | None):
+            raise ValueError(f"{inside}.{key}: expected a number or nothing, got {extra[key]!r}")
     return Record(
         group=_get(found, "group", str, where),
-        suite=_get(extra, "suite", str, inside),
+        test=_get(found, "name", str, where).partition("[")[0].removeprefix("test_"),
         row=_get(extra, "row", dict, inside),
         contender=_get(extra, "contender", str, inside),
         role=role,
@@ -190,11 +193,18 @@ def _record(found: Any, where: str) -> Record:
     )
 
 
+def _short(commit: str, dirty: bool) -> str:
+    return commit[:12] + "-dirty" * (dirty or commit.endswith("-dirty"))
+
+
 def _left_out(found: Any, path: Path) -> Missing:
     row = _get(found, "row", (dict, str), f"{path}: left_out")
-    parts = (said(row) if isinstance(row, dict) else row, found.get("contender"))
-    what = ": ".join(part for part in parts if part)
-    return Missing(what, str(_get(found, "why", str, f"{path}: left_out")))
+    what = said(row) if isinstance(row, dict) else row
+    if found.get("suite"):
+        what = f"{found['suite']} | {what}"
+    if found.get("contender"):
+        what = f"{what}: {found['contender']}"
+    return Missing(what, _get(found, "why", str, f"{path}: left_out"))
 
 
 def _get(found: Any, key: str, kind: type | tuple[type, ...], where: Any) -> Any:

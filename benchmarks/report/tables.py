@@ -12,17 +12,48 @@ from benchmarks.report.results import Record, Row, said
 REFERENCE = "A100"
 """What the name of the reference device holds: the paper's."""
 
-SUITES = {
-    "rtf": (
+
+class Test(NamedTuple):
+    """A title, what its numbers are, and what else of a record is shown."""
+
+    title: str
+    what: str = ""
+    counted: tuple[str, ...] = ()
+
+
+TESTS = {
+    "rtf": Test(
         "Real-time factor",
         "Seconds of the flow module for a second of generated audio; the batch's audio together.",
+        ("weight_bytes", "bytes_held"),
     ),
-    "latency": ("Latency", "From a request to its result; requests of mixed lengths from threads."),
-    "ops": ("Ops", "A call of one fused op."),
-    "training": ("Training", "An update of the student, the teacher's rollout inside."),
-    "search": ("Step search", "A whole O3S search."),
+    "evaluation": Test("One evaluation", "Of the model alone.", ("library_seconds",)),
+    "latency": Test(
+        "Latency",
+        "From a request to its result; requests of mixed lengths, from several threads.",
+        ("p50", "p99", "requests_a_second"),
+    ),
+    "ops": Test("Ops", "A call of one fused op."),
+    "training": Test(
+        "Training", "An update of the student, the teacher's rollout inside.", ("bytes_held",)
+    ),
+    "rollout": Test("The teacher's rollout", "All its steps, both branches."),
+    "jvp": Test("MeanFlow's derivative", "An update, in float32.", ("bytes_held",)),
+    "search": Test("Step search", "A whole O3S search.", ("captures", "evaluations")),
+    "grid": Test("A new grid", "A solve on another grid than the solve before it had."),
 }
-"""By suite, its title and what its numbers are; others go by their own name."""
+"""Others go by their own name."""
+
+COUNTED = {
+    "p50": lambda value: f"p50 {quantity(value)}",
+    "p99": lambda value: f"p99 {quantity(value)}",
+    "weight_bytes": lambda value: f"{size(value)} of weights",
+    "bytes_held": lambda value: f"{size(value)} held",
+    "requests_a_second": lambda value: f"{significant(value)} requests a second",
+    "library_seconds": lambda value: f"the libraries' products and attention {quantity(value)}",
+    "captures": lambda value: f"{value} captures",
+    "evaluations": lambda value: f"{value} evaluations",
+}
 
 
 class Published(NamedTuple):
@@ -48,12 +79,12 @@ PAPER = (
 
 
 def published(row: Mapping[str, Any]) -> float | None:
-    """The paper's RTF of such a row: its model, NFE and guidance, one utterance at a time."""
-    for each in PAPER:
-        asked = row.get("model"), row.get("nfe"), bool(row.get("guidance"))
-        if asked == (each.model, each.nfe, each.guided) and row.get("batch", 1) == 1:
-            return each.rtf
-    return None
+    """The paper's RTF of such a row: its model, uncut, NFE and guidance, an utterance at a time."""
+    if row.get("batch", 1) != 1 or row.get("depth") is not None:
+        return None
+    asked = row.get("model"), row.get("nfe"), bool(row.get("guidance"))
+    found = {(each.model, each.nfe, each.guided): each.rtf for each in PAPER}
+    return found.get(asked)
 
 
 def paper_table() -> str:
@@ -64,8 +95,8 @@ def paper_table() -> str:
     return table(("task", "model", "NFE", "guidance", "RTF"), rows)
 
 
-def suite_tables(rows: Sequence[Row], device: str) -> Iterator[str]:
-    """Of one suite's rows: a table per model. The paper's figures stand beside an A100's."""
+def test_tables(rows: Sequence[Row], device: str) -> Iterator[str]:
+    """Of one test's rows: a table per model. The paper's figures stand beside an A100's."""
     models = dict.fromkeys(row.stated.get("model") for row in rows)
     for model in models:
         yield _rows_table([row for row in rows if row.stated.get("model") == model], device)
@@ -80,7 +111,9 @@ def _rows_table(rows: Sequence[Row], device: str) -> str:
     }
     lists = {key for key in keys if any(isinstance(row.stated.get(key), list) for row in rows)}
     varying = [key for key in keys if key not in common and key not in lists]
-    contenders = list(dict.fromkeys(record.contender for row in rows for record in row.records))
+    baselines = [row.baseline.contender for row in rows]
+    others = [record.contender for row in rows for record in row.records]
+    contenders = list(dict.fromkeys([*baselines, *others]))
     figures = [published(row.stated) if REFERENCE in device else None for row in rows]
     beside = ["the paper"] if any(figures) else []
     lines = []
@@ -113,18 +146,11 @@ def _cell(record: Record, baseline: Record) -> str:
     if floor:
         parts.append(f"{significant(record.median / floor)}x the floor")
     parts += [
-        say(record.more[key]) for key, say in COUNTED.items() if record.more.get(key) is not None
+        COUNTED[key](record.more[key])
+        for key in TESTS.get(record.test, Test("")).counted
+        if record.more.get(key)
     ]
     return "<br>".join(parts)
-
-
-COUNTED = {
-    "p50": lambda value: f"p50 {quantity(value)}",
-    "p99": lambda value: f"p99 {quantity(value)}",
-    "bytes_held": lambda value: f"{significant(value / 2**30)} GiB held",
-    "captures": lambda value: f"{value} captures",
-    "evaluations": lambda value: f"{value} evaluations",
-}
 
 
 def _stated(value: Any) -> str:
@@ -145,8 +171,14 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def quantity(seconds: float) -> str:
     """Such as "12.3 ms"."""
     units = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
-    unit, size = next((each for each in units if seconds >= each[1]), units[-1])
-    return f"{significant(seconds / size)} {unit}"
+    unit, one = next((each for each in units if seconds >= each[1]), units[-1])
+    return f"{significant(seconds / one)} {unit}"
+
+
+def size(nbytes: float) -> str:
+    """Such as "12.3 MiB"."""
+    unit, power = ("GiB", 30) if nbytes >= 2**30 else ("MiB", 20)
+    return f"{significant(nbytes / 2**power)} {unit}"
 
 
 def significant(value: float) -> str:

@@ -1,0 +1,36 @@
+"""What one call launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.timing import Run, synchronize
+
+
+def launches(run: Run, device: torch.device, most: int = 12) -> dict[str, Any]:
+    """Kernels by the profiler, most telling first; on the CPU, which has none, operations."""
+    run()
+    synchronize(device)
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as trace:
+        run()
+        synchronize(device)
+    kind, total = DeviceType.CPU, "self_cpu_time_total"
+    if cuda:
+        kind, total = DeviceType.CUDA, "self_device_time_total"
+    entries = [e for e in trace.key_averages() if e.device_type == kind]
+    launched = [e for e in entries if not e.key.startswith(("Memcpy", "Memset"))]
+    if not launched:
+        raise RuntimeError("the profiler saw no kernel")
+    launched.sort(key=lambda entry: getattr(entry, total), reverse=True)
+    us = sum(getattr(entry, total) for entry in entries)
+    top = [
+        {"name": e.key, "count": e.count, "us": getattr(e, total), "share": getattr(e, total) / us}
+        for e in launched[:most]
+    ]
+    count = sum(e.count for e in launched)
+    return {"count": count, "copies": sum(e.count for e in entries) - count, "us": us, "top": top}
