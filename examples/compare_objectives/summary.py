@@ -105,7 +105,8 @@ def draw(results: Results, path: Path) -> None:
         for color, (name, runs) in enumerate(results.items()):
             style = {"color": f"C{color}", "marker": ".", "label": NAMES[name]}
             rows = _mean([ended(run, "seconds")["rows"] for run in runs])
-            by_nfe.plot([row["nfe"] for row in rows], [row[key] for row in rows], **style)
+            shown = [(row["nfe"], row[key]) for row in rows if row[key] > 0]  # on a log scale
+            by_nfe.plot(*zip(*shown, strict=True), **style)
             if name.startswith("teacher"):
                 by_time.axhline(rows[0][key], color=f"C{color}", linestyle=":")
                 continue
@@ -121,6 +122,8 @@ def draw(results: Results, path: Path) -> None:
     axes[0, 0].legend(frameon=False)
     for panel in axes.flat:
         panel.set_yscale("log")
+        for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            axis("{x:.2g}")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
