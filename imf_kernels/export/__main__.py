@@ -9,6 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from imf_kernels.export.to_aot_inductor import aot_inductor
 from imf_kernels.export.to_onnx import onnx
 from imf_kernels.models import Baked
@@ -19,7 +21,10 @@ TARGETS = {"onnx": onnx, "pt2": aot_inductor}
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
-        student = Baked.load(options.student, options.device)
+        student = Baked.load(options.student, torch.empty(0, device=options.device).device)
+        if not 0 <= options.grid < len(student.grids):
+            known = "; ".join(f"{i}: {grid.tolist()}" for i, grid in enumerate(student.grids))
+            raise ValueError(f"grid: expected one of {known}; got {options.grid}")
         report = TARGETS[options.to](
             student,
             options.out,
@@ -30,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except ImportError as error:
         sys.exit(f"{error}: pip install '.[export]'")
-    except (ValueError, OSError, RuntimeError, IndexError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(str(error))
     print(f"{report.path}: {report.nbytes} bytes, inputs {', '.join(report.inputs)}")
     print(f"relative RMS error against eager {report.relative_rms:.1e}, lengths {report.lengths}")

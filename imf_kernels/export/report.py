@@ -47,7 +47,7 @@ def checked(
     worst = max(_error(subject, run, batch) for batch in lengths)
     if not worst <= bound:  # NaN is beyond it
         raise RuntimeError(
-            f"path: expected results within a relative RMS of {bound} of eager's, got {worst}"
+            f"bound: expected results within a relative RMS of {bound} of eager's, got {worst}"
         )
     return Report(path, path.stat().st_size, tuple(subject.dims), lengths, worst)
 

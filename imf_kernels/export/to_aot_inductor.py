@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from imf_kernels.export.destination import destination
 from imf_kernels.export.program import Exportable, Student, subject_of, trace
 from imf_kernels.export.report import Report, checked
 
@@ -38,12 +38,8 @@ def aot_inductor(
     """
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
-    path = Path(path)
-    if path.suffix != ".pt2":
-        raise ValueError(f"path: expected a file ending in .pt2, got {path}")
     subject = subject_of(student, grid, nfe, streaming=streaming)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        file = Path(folder) / path.name
+    with destination(path, ".pt2") as file:
         metadata = {"inputs": " ".join(subject.dims), "output": subject.output}
         made = trace(subject, rows, frames)
         with torch.no_grad():
@@ -54,5 +50,4 @@ def aot_inductor(
             )
         run = aoti_load_package(str(file))
         report = checked(file, subject, lambda inputs: run(*inputs), rows, frames, bound)
-        file.replace(path)
-    return report._replace(path=path)
+    return report._replace(path=Path(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imf_kernels.export.destination import destination
 from imf_kernels.export.program import Exportable, Student, free_dims, subject_of, trace
 from imf_kernels.export.report import Report, checked
 
@@ -32,14 +32,14 @@ def onnx(
     """Write the whole solve as one ONNX file, and check it with onnxruntime on the CPU.
 
     Args:
-        path: The file, written only if the check passes.
+        path: A file ending in `.onnx`, written only if the check passes.
         rows, frames: See `program`.
         opset: ONNX's operators by version.
         bound: The relative RMS error that is allowed; None: 1e-4.
 
     Raises:
-        ValueError, TypeError: weights that are not float32, or of more than 2 GiB; what cannot be
-            exported; see `Solve`.
+        ValueError, TypeError: another ending; weights that are not float32, or of more than 2 GiB;
+            what cannot be exported; see `Solve`.
         FileNotFoundError: no such directory.
         RuntimeError: an error beyond the bound.
     """
@@ -49,14 +49,15 @@ def onnx(
     if subject.dtype != torch.float32:
         raise ValueError(
             "student: expected float32 weights, which ONNX's tools cast as the device wants them, "
-            f"got {subject.dtype}"
+            f"got {subject.dtype}; a .pt2 takes these"
         )
     nbytes = sum(tensor.nbytes for tensor in subject.state_dict().values())
     if nbytes >= LARGEST:
-        raise ValueError(f"student: expected less than 2 GiB of weights, got {nbytes} bytes")
-    path, names = Path(path), list(subject.dims)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        file = Path(folder) / path.name
+        raise ValueError(
+            f"student: expected less than 2 GiB of weights, got {nbytes} bytes; a .pt2 takes them"
+        )
+    names = list(subject.dims)
+    with destination(path, ".onnx") as file:
         made: Any = torch.onnx.export(
             _with_int64_indices(trace(subject, rows, frames)),
             dynamo=True,
@@ -74,8 +75,7 @@ def onnx(
             return torch.from_numpy(session.run(None, given)[0])
 
         report = checked(file, subject, run, rows, frames, bound)
-        file.replace(path)
-    return report._replace(path=path)
+    return report._replace(path=Path(path))
 
 
 def _with_int64_indices(program: Any) -> Any:

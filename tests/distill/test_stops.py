@@ -75,7 +75,15 @@ def test_the_end_may_be_told_twice(tmp_path):
     assert saved(tmp_path) == ["step_00000001"]
 
 
-def test_a_later_sigint_acts_as_usual(tmp_path, monkeypatch):
+@pytest.fixture
+def usual_sigint():
+    """Python's own, also where a shell started the tests in the background: there it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_later_sigint_acts_as_usual(tmp_path, monkeypatch, usual_sigint):
     monkeypatch.setattr(stops, "IMPATIENCE", 0.0)
     with pytest.raises(Stopped):
         trainer(tmp_path / "one", 4, callbacks=[Ask(signal.SIGINT, signal.SIGTERM)]).run()
@@ -96,7 +104,7 @@ def test_handlers_are_put_back(tmp_path, number):
     assert signal.getsignal(number) is before
     assert caught.value.update == 1
     assert caught.value.path == tmp_path / "stopped" / "checkpoints" / "step_00000001"
-    assert records.told == [("started", 0), ("saved", "step_00000001"), ("ended", 1)]
+    assert records.told == [("started", 0), ("begun", 0), ("saved", "step_00000001"), ("ended", 1)]
 
 
 def test_in_another_thread_signals_are_nobodys(tmp_path):

@@ -7,6 +7,7 @@ from imf_kernels import export, sampler
 from imf_kernels.export.__main__ import main
 from imf_kernels.export.report import checked
 from imf_kernels.hosts import cosyvoice
+from imf_kernels.hosts.cosyvoice.baked import host_times
 from imf_kernels.models import Baked, CausalUNet, CausalUNetConfig, StepTokenDiT
 from tests.models.tools import conditions, relative_rms, small_model
 
@@ -43,9 +44,11 @@ def test_the_command_writes_onnx(tmp_path, capsys):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     student = small_model("f5_v1", depth=1)
-    Baked.of(student, [[0.0, 0.5, 1.0], [0.0, 1.0]][1:]).save(tmp_path / "student.safetensors")
+    Baked.of(student, [[0.0, 0.5, 1.0], GRID]).save(tmp_path / "student.safetensors")
     file = tmp_path / "student.onnx"
-    main([str(tmp_path / "student.safetensors"), "--to", "onnx", "--out", str(file)])
+    command = [str(tmp_path / "student.safetensors"), "--to", "onnx", "--out"]
+    main([*command, str(file), "--grid", "1"])
+    assert {path.name for path in tmp_path.iterdir()} == {"student.safetensors", "student.onnx"}
     assert "inputs noise, prompt, lengths, text" in capsys.readouterr().out
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -56,8 +59,31 @@ def test_the_command_writes_onnx(tmp_path, capsys):
     noise, given = request_of(student, [70, 33])
     arrays = {name: value.numpy() for name, value in {"noise": noise, **given}.items()}
     (mel,) = session.run(["mel"], arrays)
-    want = solved(student, noise, given, [0.0, 1.0])
+    want = solved(student, noise, given)
     assert relative_rms(torch.from_numpy(mel), want) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--out", "nowhere/student.onnx"], "in a directory that exists, got no nowhere"),
+        (["--out", "student.pt2"], r"ending in \.onnx, got student\.pt2"),
+        (["--out", "folder.onnx"], r"ending in \.onnx, got folder\.onnx"),
+        (
+            ["--out", "student.onnx", "--grid", "1"],
+            r"grid: expected one of 0: \[0\.0, 1\.0\]; got 1",
+        ),
+        (["--out", "student.onnx", "--device", "gpu"], "gpu"),
+    ],
+)
+def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, options, said):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.onnx").mkdir()
+    Baked.of(small_model("f5_v1", depth=1), [[0.0, 1.0]]).save("student.safetensors")
+    with pytest.raises(SystemExit, match=said):
+        main(["student.safetensors", "--to", "onnx", *options])
+    assert {path.name for path in tmp_path.iterdir()} == {"student.safetensors", "folder.onnx"}
 
 
 @pytest.mark.timeout(900)  # a C++ compiler's minute, several on a busy machine
@@ -80,12 +106,17 @@ def test_an_estimator_keeps_the_names_and_shapes_of_its_host():
     estimator = cosyvoice.BakedEstimator(unet().student(), "cosine", 4)
     subject = cosyvoice.ExportableEstimator(estimator)
     velocity = export.program(subject).module()
-    inputs = subject.example([45])
+    inputs = subject.example([45, 30])
+    assert inputs["mask"].sum() == 2 * 30
     assert list(inputs) == ["x", "mask", "mu", "t", "spks", "cond"]
     assert [tuple(x.shape) for x in inputs.values()] == [
         (2, 12, 45), (2, 1, 45), (2, 12, 45), (2,), (2, 12), (2, 12, 45),
     ]  # fmt: skip
     assert relative_rms(velocity(*inputs.values()), estimator(**inputs)) <= 1e-5
+    for step, time in enumerate(host_times(estimator.grid, torch.float16)):
+        inputs["t"] = time.float().expand(2)
+        want = estimator(**inputs | {"t": estimator.grid[step].expand(2)})
+        assert relative_rms(velocity(*inputs.values()), want) <= 1e-5
     inputs["t"] = inputs["t"] + 0.01
     assert velocity(*inputs.values()).isnan().all()
 

@@ -87,21 +87,25 @@ class BakedEstimator(nn.Module):
         streaming: bool = False,
         *,
         r: Tensor | None = None,
+        within: float | None = None,
     ) -> Tensor:
         """As of `Estimator`; rows at a time that is none of the grid's are NaN.
 
-        `r` is not read (Chatterbox gives it): a step ends at the grid's next time.
+        `r` is not read (Chatterbox gives it): a step ends at the grid's next time. `within` is how
+        far `t` may be from the grid; None: as far as times of its dtype drift.
         """
         rows = len(x)
         if self.doubled:
             if rows % 2:
                 raise ValueError(f"x: expected conditional and unconditional rows, got {rows} rows")
             rows //= 2
-        if t.dtype not in self._tolerances:
-            self._tolerances[t.dtype] = tolerance(self.grid, t.dtype)
+        if within is None:
+            if t.dtype not in self._tolerances:
+                self._tolerances[t.dtype] = tolerance(self.grid, t.dtype)
+            within = self._tolerances[t.dtype]
         start = times("t", t, len(x))[:rows]
         distance, step = (start[:, None] - self.times).abs().min(dim=1)
-        known = distance <= self._tolerances[t.dtype]
+        known = distance <= within
 
         said = mask[:rows], mu[:rows], spks[:rows], cond[:rows]
         given = prepare(self.model, *said, streaming, told=self.guidance)
