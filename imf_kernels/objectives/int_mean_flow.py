@@ -73,7 +73,7 @@ class IntMeanFlow(Stateful):
         self,
         teacher: Teacher,
         *,
-        nfe: int = 8,
+        nfe: int = 16,
         spacing: str = "uniform",
         intervals: Intervals | None = None,
         source: str = "data",

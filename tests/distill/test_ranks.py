@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import time
 from functools import partial
 
 import pytest
@@ -129,10 +128,8 @@ def fail(rank, folder, accumulate):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_rank_that_fails_ends_all_with_its_error(tmp_path, accumulate):
-    begun = time.monotonic()
     error = "ValueError: broken.wav: expected 24000 Hz, got 8000"
     assert launch(fail, tmp_path, accumulate) == [f"RankFailed: rank 1 failed: {error}", error]
-    assert time.monotonic() - begun < 60
     assert json.loads((tmp_path / "failed_rank1.json").read_text()) == {"rank": 1, "error": error}
 
 
