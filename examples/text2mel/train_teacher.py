@@ -1,6 +1,6 @@
 """Train the teacher that text2mel ships: F5-TTS's flow matching on the espeak corpus.
 
-    python -m examples.text2mel.train_teacher --updates 4000 --folder out/text2mel_teacher
+    python -m examples.text2mel.train_teacher --updates 6000 --folder out/text2mel_teacher
 
 Infilling of spans of .7 to 1 of the utterance; the prompt is dropped in .3 of the batches, prompt
 and text together in .2, so that the model can be guided. The start is the quickstart's teacher,
@@ -168,7 +168,7 @@ def train(folder: Path, updates: int, corpora: int, peak: float, seed: int) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and the teacher")
-    parser.add_argument("--updates", type=int, default=4000)
+    parser.add_argument("--updates", type=int, default=6000)
     parser.add_argument("--corpora", type=int, default=6, help="espeak corpora of 704 utterances")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1.5e-3)
