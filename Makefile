@@ -41,10 +41,10 @@ bench: $(client) ## All suites on this CPU, into benchmarks/results/cpu/ (10 min
 	OMP_NUM_THREADS=2 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1000000000 \
 		$(py) -m benchmarks --device cpu --minutes 9.5 $(ARGS)
 
-bench-gpu: $(installed) ## All suites on a CUDA device, into benchmarks/results/<device>/ (10 minutes)
-	$(py) -m benchmarks --device cuda --minutes 10 $(ARGS)
+bench-gpu: $(client) ## All suites on a CUDA device, into benchmarks/results/<device>/ (10 minutes)
+	$(py) -m benchmarks --device cuda --minutes 9 $(ARGS)
 
-bench-gpu-full: $(installed) ## The same, every contender for every shape (hours: it compiles each)
+bench-gpu-full: $(client) ## The same, every contender for every shape (hours: it compiles each)
 	$(py) -m benchmarks --device cuda --selection full $(ARGS)
 
 bench-cpu: $(client) ## F5-TTS's own sampler against ours on this CPU (10 minutes)

@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "rtf": Part("rtf", 5.5),
+    "rtf": Part("rtf", 6.5),
     "evaluation": Part("evaluation", 0.6),
     "ops": Part("ops", 1.2),
     "training": Part("training", 1.2),

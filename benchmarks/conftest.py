@@ -119,6 +119,8 @@ def contest(request: pytest.FixtureRequest, row: Row, benchmark: Any) -> Iterato
     with torch.no_grad():
         yield made
     made.close()
+    if made.wrong:
+        pytest.fail("; ".join(made.wrong), pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -73,7 +73,24 @@ def machine(device: torch.device) -> dict[str, Any]:
         "l2_bytes": properties.L2_cache_size,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
+        **driver(f"GPU-{properties.uuid}"),
     }
+
+
+def driver(uuid: str) -> dict[str, str]:
+    """The driver, and the limits of power and clocks, as nvidia-smi says, where it is there."""
+    asked = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem")
+    command = [
+        "nvidia-smi",
+        f"--id={uuid}",
+        f"--query-gpu={','.join(asked)}",
+        "--format=csv,noheader",
+    ]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(zip(asked, run.stdout.strip().split(", "), strict=False))
 
 
 def cpu_name() -> str:

@@ -22,7 +22,8 @@ def launches(run: Run, device: torch.device, most: int = 12) -> dict[str, Any]:
     kind, total = DeviceType.CPU, "self_cpu_time_total"
     if cuda:
         kind, total = DeviceType.CUDA, "self_device_time_total"
-    entries = [e for e in trace.key_averages() if e.device_type == kind]
+    averages = trace.key_averages()
+    entries = [e for e in averages if e.device_type == kind and not e.is_user_annotation]
     launched = [e for e in entries if not e.key.startswith(("Memcpy", "Memset"))]
     if not launched:
         raise RuntimeError("the profiler saw no kernel")

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import count, facts
@@ -50,8 +51,8 @@ def ranges(run: Run, device: torch.device, rounds: int) -> list[dict[str, Any]]:
     rows = {name: dict.fromkeys(("count", *TIMES), 0.0) for name in profiling.SPANS}
     whole = 0.0
     for event in trace.events():
-        if event.name not in NAMES:
-            continue
+        if event.name not in NAMES or event.device_type != DeviceType.CPU:
+            continue  # a GPU's timeline repeats ranges
         host, on_device = event.cpu_time_total / 1e3, event.device_time_total / 1e3
         within = event.cpu_parent
         while within is not None and within.name not in NAMES:

@@ -154,9 +154,9 @@ class Ceilings(NamedTuple):
 
     @classmethod
     def measure(cls, device: torch.device, dtype: torch.dtype) -> Ceilings:
-        n = 8192 if device.type == "cuda" else 512
+        n = 8192 if device.type == "cuda" else 1024
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        source = torch.empty(2**28 if device.type == "cuda" else 2**22, device=device)
+        source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
         target = torch.empty_like(source)
         runs: dict[str, Run] = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
         for run in runs.values():

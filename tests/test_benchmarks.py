@@ -106,7 +106,8 @@ def every_contender_takes_part(tiny):
     compiled = {"torch.compile", "torch.compile, graph"}
     ours = {"ours, eager", "ours, graph", "ours, baked", "ours, fp8"}
     assert entered["rtf"] - {"F5-TTS"} == {"plain", *ours, *compiled}
-    assert entered["evaluation"] == {"plain", "ours", "ours, fp8"}
+    ranges = {"no range", "ours, off", "ours, torch"}
+    assert entered["evaluation"] - {"ours, nvtx"} == {"plain", "ours", "ours, fp8", *ranges}
     assert entered["ops"] == {"plain", "ours", "torch.compile"}
     assert entered["search"] == {"plain", "ours, graph", "ours, eager", "recaptured"}
     assert entered["latency"] == {"plain", "ours, graph", "ours, eager"}
@@ -114,7 +115,7 @@ def every_contender_takes_part(tiny):
     meanflow = {"ours, IntMeanFlow", "ours, jvp", "ours, difference", "jvp as published"}
     assert entered["training"] == rollouts | meanflow
     for out in tiny["left_out"]:
-        assert out["contender"] in {"F5-TTS", *ours, *compiled}
+        assert out["contender"] in {"F5-TTS", "ours, nvtx", *ours, *compiled}
         assert out["why"]
         assert out["suite"] in entered
 
@@ -171,13 +172,16 @@ def test_rows(row, contest):
 def test_only_right_rows_with_a_baseline_and_all_before_a_crash(tmp_path):
     file, out = tmp_path / "test_made.py", tmp_path / "made.json"
     file.write_text(ROWS)
-    command = suites.command([], out, [str(file), "-p", "benchmarks.conftest", "--device=cpu"])
+    options = ["-p", "benchmarks.conftest", "--device=cpu"]
+    command = suites.command([], out, [str(file), *options])
     env = suites.environment(PYTHONPATH=str(ROOT))
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 9
     results = json.loads(out.read_text())
     assert [record["name"] for record in results["benchmarks"]] == [
-        f"test_rows[{op}]: {name}" for op in "ad" for name in ("ours", "nan", "plain")
+        *(f"test_rows[a]: {name}" for name in ("ours", "nan", "plain")),
+        *(f"test_rows[c]: {name}" for name in ("ours", "plain")),
+        *(f"test_rows[d]: {name}" for name in ("ours", "nan", "plain")),
     ]
     left_out = {
         (out["row"]["op"], out["contender"]): out["why"]
@@ -185,13 +189,18 @@ def test_only_right_rows_with_a_baseline_and_all_before_a_crash(tmp_path):
         if (out["contender"], out["why"]) != ("peer", "not here")
     }
     assert left_out == {
-        ("b", None): "wrong results: ours: error 1.00e+00, at most 5.00e-01 expected",
-        ("c", None): "wrong results: nan: error nan, at most 1.00e+00 expected",
+        ("b", "ours"): "wrong: error 1.00e+00, at most 5.00e-01 expected",
+        ("b", None): "no contender is ours",
+        ("c", "nan"): "wrong: error nan, at most 1.00e+00 expected",
         ("d", "peer"): "ZeroDivisionError: in a peer",
         ("e", "plain"): "not here",
         ("e", None): "no contender is baseline",
         ("f", None): "ValueError: of a row",
     }
+    command = suites.command([], out, [f"{file}::test_rows[c]", *options])
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "nan is wrong: error nan, at most 1.00e+00 expected" in done.stdout
 
 
 def test_rows_without_time_left_are_said_to_be(tmp_path):

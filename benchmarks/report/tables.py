@@ -28,6 +28,7 @@ TESTS = {
         ("weight_bytes", "bytes_held"),
     ),
     "evaluation": Test("One evaluation", "Of the model alone.", ("library_seconds",)),
+    "ranges": Test("Ranges", "What a range for profilers costs: off, as by default, and on."),
     "latency": Test(
         "Latency",
         "From a request to its result; requests of mixed lengths, from several threads.",
