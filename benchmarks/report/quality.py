@@ -14,8 +14,8 @@ from examples.compare_objectives import summary
 from examples.quickstart.figures import draw_curves
 
 CURVES = {
-    "quickstart": "of the quickstart's teacher and student",
-    "text2mel": "of the text2mel example's teacher and student",
+    "quickstart": "of the quickstart's models",
+    "text2mel": "of the text2mel example's models",
 }
 
 
