@@ -12,7 +12,7 @@
 
 All on one grid, the client's default at that NFE; from the call until the device has the result. An
 error is that of the way from noise to mel, generated frames only: relative RMS against plain
-PyTorch in float32.
+PyTorch in float32. Rows with a vocoder go on to the waves: `vocos` of PyPI, where it is installed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import f5_client
-from benchmarks.contest import Conditions, Contest, Gate, Row, Unavailable
+from benchmarks.contest import Conditions, Contest, Row, Unavailable
 from benchmarks.plain import Compiled, plain, plainly
 from benchmarks.timing import Ceilings, Run, graphed
 from benchmarks.workload import (
@@ -67,6 +67,7 @@ def on_cpu(row: Maker) -> list[Row]:
     cut = functools.partial(short, depth=4)
     return [
         *(short("f5_small", nfe) for nfe in (3, 1, 2)),
+        short("f5_small", 3, vocoder="vocos"),
         short("f5_small", 32, guidance=True),
         cut("f5_base", 3),
         *(cut("cosyvoice2", nfe, depth=1) for nfe in (1, 3)),
@@ -84,6 +85,8 @@ def on_gpu(row: Maker) -> list[Row]:
         row("f5_base", 3),
         row("f5_base", 32, guidance=True),
         *(row("f5_base", nfe) for nfe in (1, 2)),
+        row("f5_base", 3, vocoder="vocos"),
+        row("f5_base", 32, guidance=True, vocoder="vocos"),
         *(row("f5_base", 3, seconds) for seconds in (1.0, 3.0, 30.0)),
         *(row("f5_base", 3, batch=batch) for batch in (4, 16)),
         *(row("cosyvoice2", nfe) for nfe in (1, 3)),
@@ -99,12 +102,13 @@ def on_gpu(row: Maker) -> list[Row]:
 def full(row: Maker) -> list[Row]:
     models = "f5_base", "f5_small", "cosyvoice2", "cosyvoice3"
     nfes, batches, lengths = (1, 2, 3, 7, 10, 16, 32), (1, 4, 16), (1.0, 3.0, 10.0, 30.0)
-    return [
+    mels = [
         row(model, nfe, seconds, guidance=guided, batch=batch)
         for model, nfe, guided, batch, seconds in itertools.product(
             models, nfes, (False, True), batches, lengths
         )
     ]
+    return [*mels, *(row(model, 3, vocoder="vocos") for model in models[:2])]
 
 
 def tiny(row: Maker) -> list[Row]:
@@ -126,7 +130,7 @@ def compiles(row: Row, conditions: Conditions) -> bool:
         return conditions.selection == "full" or (row["model"], row["guidance"]) == ("tiny", False)
     seconds = 10.0 if conditions.cuda else 1.0
     shape = row["model"], row["nfe"], row["guidance"], row["batch"], row["seconds"]
-    return shape == ("f5_base", 3, False, 1, seconds)
+    return shape == ("f5_base", 3, False, 1, seconds) and "vocoder" not in row
 
 
 class Models:
@@ -172,6 +176,20 @@ class Models:
 
 
 models = functools.lru_cache(maxsize=1)(Models)
+
+
+@functools.lru_cache(maxsize=1)
+def vocoder(device: torch.device) -> torch.nn.Module:
+    """Vocos at the sizes of F5-TTS's, with random weights: mels `(B, 100, N)` to waves."""
+    try:
+        from vocos.heads import ISTFTHead
+        from vocos.models import VocosBackbone
+    except (ImportError, OSError) as why:  # it needs a fitting torchaudio
+        raise Unavailable(f"Vocos is not installed: {why}") from why
+    with device:
+        body = VocosBackbone(input_channels=100, dim=512, intermediate_dim=1536, num_layers=8)
+        head = ISTFTHead(dim=512, n_fft=1024, hop_length=256, padding="center")
+    return torch.nn.Sequential(body, head).eval().requires_grad_(False)
 
 
 class Request(NamedTuple):
@@ -240,9 +258,6 @@ def test_rtf(row: Row, contest: Contest, ceilings: Ceilings) -> None:
         way, true_way = ((end - asked.noise)[:, asked.prompt :] for end in (mel, truth))
         return error(way, true_way)
 
-    def gate(bound: float) -> Gate:
-        return lambda mel: (far(mel), bound)
-
     single = conditions.dtype == torch.float32
     off = 0.0 if single else far(plainly(asked.solve)(found.plain))
     ours = 1e-4 if single else allowed(off)
@@ -250,13 +265,28 @@ def test_rtf(row: Row, contest: Contest, ceilings: Ceilings) -> None:
     branches = 1 + row["guidance"]
     audio = {"audio_seconds": row["batch"] * row["seconds"], "evaluations": row["nfe"] * branches}
     told: dict[str, Any] = dict(audio)
-    if isinstance(found.fused, DiT):
+    if isinstance(found.fused, DiT) and "vocoder" not in row:
         lengths = [asked.noise.shape[1]] * row["batch"] * branches
         flops, nbytes = work(found.fused, lengths, row["nfe"])
         floor = limit(flops, nbytes, ceilings)
         told |= {"flops": flops, "bytes": nbytes, "floor_seconds": floor}
     buckets = DEFAULT if row["batch"] <= 8 else [(row["batch"], asked.noise.shape[1])]
     options: Any = {"guidance": asked.w, "buckets": buckets}
+
+    def enter(name: str, make: Callable[[], Run], bound: float, role: str, **told: Any) -> None:
+        def spoken() -> Run:
+            if "vocoder" not in row:
+                return make()
+            speak, run = vocoder(device), make()
+
+            def waves() -> Tensor:
+                mel = run()
+                speak(mel[:, asked.prompt :].transpose(1, 2))
+                return mel
+
+            return waves
+
+        contest.enter(name, spoken, lambda mel: (far(mel), bound), role=role, **told)
 
     with contextlib.ExitStack() as stack:
         graphs: dict[str, GraphSampler] = {}
@@ -299,15 +329,10 @@ def test_rtf(row: Row, contest: Contest, ceilings: Ceilings) -> None:
                 raise Unavailable("F5-TTS has no such model")
             return functools.partial(asked.client, found.client)
 
-        contest.enter(
-            "plain",
-            lambda: plainly(functools.partial(asked.solve, found.plain)),
-            gate(theirs),
-            role="baseline",
-            **told,
-        )
+        plain_solve = plainly(functools.partial(asked.solve, found.plain))
+        enter("plain", lambda: plain_solve, theirs, "baseline", **told)
         eager = functools.partial(asked.solve, found.fused)
-        contest.enter("ours, eager", lambda: eager, gate(ours), role="ours", **told)
+        enter("ours, eager", lambda: eager, ours, "ours", **told)
         samplers = {
             "ours, graph": lambda: GraphSampler(
                 found.fused, row["nfe"], grid=asked.grid, **options
@@ -315,17 +340,16 @@ def test_rtf(row: Row, contest: Contest, ceilings: Ceilings) -> None:
             "ours, baked": baked,
         }
         for name, make in samplers.items():
-            contest.enter(name, graph(name, make), gate(ours), role="ours", **told)
+            enter(name, graph(name, make), ours, "ours", **told)
         # without a floor, which is of the row's dtype
-        contest.enter("ours, fp8", graph("ours, fp8", fp8), gate(ours + 0.05), role="ours", **audio)
-        contest.enter(
-            "torch.compile",
-            lambda: plainly(functools.partial(asked.solve, compiled(), found.plain)),
-            gate(theirs),
-            **told,
-        )
-        contest.enter("torch.compile, graph", compiled_graph, gate(theirs), **told)
-        contest.enter("F5-TTS", client, gate(theirs), **told)
+        enter("ours, fp8", graph("ours, fp8", fp8), ours + 0.05, "ours", **audio)
+
+        def compiled_solve() -> Run:
+            return plainly(functools.partial(asked.solve, compiled(), found.plain))
+
+        enter("torch.compile", compiled_solve, theirs, "peer", **told)
+        enter("torch.compile, graph", compiled_graph, theirs, "peer", **told)
+        enter("F5-TTS", client, theirs, "peer", **told)
         for name, held in graphs.items():
             stats = held.stats()
             contest.tell(name, captures=stats.captures, bytes_held=stats.bytes_held)
