@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from imf_kernels import graphs, models
 from imf_kernels.data import Loader, Utterance, Utterances
 from imf_kernels.distill import schema, start
-from imf_kernels.distill.config import Config, HeldOut, ModelSection, StudentSection
+from imf_kernels.distill.config import Config, DataSection, HeldOut, ModelSection, StudentSection
 from imf_kernels.distill.document import Kept
 from imf_kernels.distill.held_out import Extra, FineSolves
 from imf_kernels.distill.logs import JsonLines, Progress, TensorBoard
@@ -28,6 +28,8 @@ from imf_kernels.distill.trainer import Trainer
 from imf_kernels.distill.validation import Validation
 from imf_kernels.objectives.batch import Batch
 from imf_kernels.teacher import Teacher
+
+HELD_OUT_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def build(config: Config) -> Run:
     ranks = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
     with schema.naming("data", budget):
         loader = Loader(train, collate, workers=section.workers, **ranks, **options)
+        if held is not None:
+            options["frames"] = _held_out_frames(held.frames, section)
         held_loader = None if held is None else Loader(held, collate, **options)
         held_out = [] if held_loader is None else list(_epoch(held_loader))
     shown = None
@@ -318,6 +322,16 @@ def _shares(names: Sequence[str]) -> Tensor:
 def _share_of(name: str) -> float:
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
+
+
+def _held_out_frames(lengths: Tensor, section: DataSection) -> int:
+    """What a held-out batch may have: no more than training's, and so little that there are some
+    `HELD_OUT_BATCHES` for the ranks to share; the same on any number of them."""
+    kept = lengths[lengths <= section.frames]
+    if not len(kept) or (len(kept) < len(lengths) and not section.drop_long):
+        return section.frames  # which is what the error is to tell
+    share = -(-int(kept.sum()) // HELD_OUT_BATCHES)
+    return max(int(kept.max()), min(share, section.frames))
 
 
 def _epoch(loader: Loader) -> Any:

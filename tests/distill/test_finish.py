@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import torch
 import yaml
 
 from imf_kernels.distill import build, config, finish
@@ -49,6 +50,23 @@ def searched(tmp_path, monkeypatch):
         return yaml.safe_load(found.read_text())["evaluations"][0]["value"]
 
     return value
+
+
+def test_held_out_utterances_are_enough_batches_for_many_ranks(tmp_path):
+    """Also where a batch of training would hold all of them."""
+    document = yaml.safe_load(DOCUMENT) | {"folder": str(tmp_path), "previews": None}
+    document["data"]["dataset"]["count"] = 80
+    document["data"] |= {"frames": 1000, "held_out": {"share": 0.5, "items": 64}}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(document))
+    run = build.build(config.load(path))
+    assert len(run.loader) == 1
+    assert len(run.held_out) >= build.HELD_OUT_BATCHES
+    rows = [name for batch in run.held_out for name in batch.names]
+    assert len({*rows}) == len(rows) > 20
+    section, lengths = run.config.data, torch.full((900,), 300)
+    assert build._held_out_frames(lengths, section) == 1000, "no more than training's"
+    assert build._held_out_frames(lengths + 800, section) == 1000
 
 
 OWN = "tests.distill.test_finish:longest"
