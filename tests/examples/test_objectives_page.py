@@ -1,6 +1,7 @@
 """The tables of the page on objectives are what the committed results say."""
 
 import json
+import statistics
 from pathlib import Path
 
 from examples.compare_objectives import ablations, summary
@@ -24,6 +25,24 @@ def test_comparison():
     for budget in ("updates", "seconds"):
         assert summary.table(results, budget) in PAGE
     assert f"{ablations.UPDATES // 2} updates each" in PAGE
+    (guidance,) = {run["settings"]["guidance"] for run in results["teacher"]}
+    assert f"teacher (w = {guidance:g})" in PAGE
+
+
+def test_sweep():
+    """Where the best of it was not taken, the page says so; and what was swept."""
+    best = {}
+    for path in (RESULTS / "sweep").glob("*.json"):
+        run = json.loads(path.read_text())
+        value = statistics.geometric_mean(r["to_teacher"] for r in run["snapshots"][-1]["rows"])
+        best.setdefault(run["settings"]["method"], {})[path.stem.split(" ", 1)[1]] = value
+    short = {k: v["chosen"] / min(v.values()) - 1 for k, v in best.items()}
+    assert short.keys() == METHODS.keys() - {"mean_flow_jvp"}
+    assert {k for k, v in short.items() if v} == {"int_mean_flow", "mean_flow", "ds_flow_tokens"}
+    assert all(0.03 < short[name] < 0.04 for name in ("int_mean_flow", "mean_flow"))
+    assert f"keep 5e-4, {100 * short['ds_flow_tokens']:.1f} %".replace(" 0.", " .") in PAGE
+    assert "with three\nexceptions" in PAGE
+    assert "it was not swept" in PAGE
 
 
 def test_ablations():
