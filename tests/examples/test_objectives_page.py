@@ -49,6 +49,15 @@ def test_ablations():
     assert "\n".join(ablations.table(ablations.load(RESULTS / "ablations"))) in PAGE
 
 
+def test_averages_that_are_one():
+    """An average's decay is (1 + k) / (10 + k) at update k, where that is less."""
+    last = ablations.UPDATES // 2 - 1
+    assert f"comes to {(1 + last) / (10 + last):.3f} at most".replace(" 0.", " .") in PAGE
+    runs = ablations.load(RESULTS / "ablations")
+    ends = [summary.ended(runs[f"EMA {decay}"][0], "updates")["rows"] for decay in (".99", ".999")]
+    assert ends[0] == ends[1]
+
+
 def test_text2mel():
     runs = [json.loads(p.read_text()) for p in (ROOT / "examples/text2mel/results").glob("*.json")]
     assert text2mel.table(runs) in PAGE
