@@ -43,6 +43,17 @@ def same_device(name: str, tensor: Tensor | None, device: torch.device) -> None:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
 
 
+def device(name: str, value: torch.device | str) -> torch.device:
+    """The device of that name, with its index, if tensors can be put there."""
+    try:
+        return torch.empty(0, device=value).device
+    except (RuntimeError, AssertionError) as error:  # the second: torch is built without it
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{name}: expected one that is there, got {str(value)!r}: {reason}"
+        ) from error
+
+
 def positive_int(name: str, value: int) -> None:
     whole(name, value, 1)
 

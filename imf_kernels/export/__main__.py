@@ -1,4 +1,4 @@
-"""Export a baked student.
+"""Export a student.
 
 python -m imf_kernels.export student.safetensors --to onnx --out student.onnx
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-import torch
+from torch import Tensor
 
+from imf_kernels.export.program import Student
 from imf_kernels.export.to_aot_inductor import aot_inductor
 from imf_kernels.export.to_onnx import onnx
-from imf_kernels.models import Baked
+from imf_kernels.models import Baked, load_student
+from imf_kernels.models.students import side_file
 
 TARGETS = {"onnx": onnx, "pt2": aot_inductor}
 
@@ -21,17 +24,18 @@ TARGETS = {"onnx": onnx, "pt2": aot_inductor}
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
-        student = Baked.load(options.student, torch.empty(0, device=options.device).device)
-        if not 0 <= options.grid < len(student.grids):
-            known = "; ".join(f"{i}: {grid.tolist()}" for i, grid in enumerate(student.grids))
+        student, grids = _load(options.student, options.device)
+        if not 0 <= options.grid < len(grids):
+            known = "; ".join(f"{i}: {grid.tolist()}" for i, grid in enumerate(grids))
             raise ValueError(f"grid: expected one of {known}; got {options.grid}")
         report = TARGETS[options.to](
             student,
             options.out,
-            student.grids[options.grid],
+            grids[options.grid],
             streaming=options.streaming,
             rows=options.rows,
             frames=options.frames,
+            bound=options.bound,
         )
     except ImportError as error:
         sys.exit(f"{error}: pip install '.[export]'")
@@ -41,15 +45,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"relative RMS error against eager {report.relative_rms:.1e}, lengths {report.lengths}")
 
 
+def _load(path: str, device: str) -> tuple[Student, list[Tensor]]:
+    """A student, and the grids that are saved with it."""
+    if Path(path).suffix != ".pt" and not Path(side_file(path)).exists():
+        baked = Baked.load(path, device)
+        return baked, list(baked.grids)
+    student = load_student(path, device)
+    if student.grid is None:
+        raise ValueError(f"student: expected one that was saved with a grid, got none: {path}")
+    return student.model, [student.grid]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m imf_kernels.export", description=__doc__)
-    parser.add_argument("student", help="what Baked.save or GraphSampler.save wrote")
+    parser.add_argument("student", help="what Baked.save, GraphSampler.save or save_student wrote")
     parser.add_argument("--to", choices=TARGETS, required=True)
     parser.add_argument("--out", required=True, help="the file to write")
-    parser.add_argument("--grid", type=int, default=0, help="which of the baked grids")
+    parser.add_argument("--grid", type=int, default=0, help="which of the saved grids")
     parser.add_argument("--rows", type=int, default=8, help="at most; 1: always one")
-    parser.add_argument("--frames", type=int, default=4096, help="at most")
+    parser.add_argument("--frames", type=int, default=4096, help="at most, 30 or more")
     parser.add_argument("--streaming", action="store_true", help="block-causal attention")
+    parser.add_argument("--bound", type=float, help="relative RMS error against eager")
     parser.add_argument("--device", default="cpu", help="which a .pt2 is compiled for")
     return parser
 

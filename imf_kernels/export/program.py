@@ -141,7 +141,7 @@ def program(
 
     Args:
         rows: At most this many rows; 1: always one.
-        frames: At most this many frames, and text tokens; 4 frames at least.
+        frames: At most this many frames, and text tokens: 30 or more. A batch has 4 frames or more.
 
     Raises:
         ValueError, TypeError: what cannot be exported, and why; not a grid.

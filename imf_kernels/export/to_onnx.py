@@ -59,7 +59,7 @@ def onnx(
     names = list(subject.dims)
     with destination(path, ".onnx") as file:
         made: Any = torch.onnx.export(
-            _with_int64_indices(trace(subject, rows, frames)),
+            as_onnx_takes_it(trace(subject, rows, frames)),
             dynamo=True,
             opset_version=opset,
             input_names=names,
@@ -78,9 +78,11 @@ def onnx(
     return report._replace(path=Path(path))
 
 
-def _with_int64_indices(program: Any) -> Any:
-    """The exporter makes GatherND and ScatterND of indexing as it is, which take no int32."""
-    index, index_add = torch.ops.aten.index.Tensor, torch.ops.aten.index_add.default
+def as_onnx_takes_it(program: Any) -> Any:
+    """With attention in plain products, which onnxruntime is faster at than at what the exporter
+    makes of it, and indices of int64: what indexing becomes (GatherND, ScatterND) takes no int32.
+    """
+    aten = torch.ops.aten
 
     def narrow(at: Tensor | None) -> bool:
         return at is not None and at.dtype == torch.int32
@@ -88,9 +90,20 @@ def _with_int64_indices(program: Any) -> Any:
     def gathered(x: Tensor, places: Sequence[Tensor | None]) -> Any:
         if not any(map(narrow, places)):
             return NotImplemented
-        return index(x, [at.long() if at is not None and narrow(at) else at for at in places])
+        wide = [at.long() if at is not None and narrow(at) else at for at in places]
+        return aten.index.Tensor(x, wide)
 
     def added(x: Tensor, dim: int, at: Tensor, source: Tensor) -> Any:
-        return index_add(x, dim, at.long(), source) if narrow(at) else NotImplemented
+        return aten.index_add(x, dim, at.long(), source) if narrow(at) else NotImplemented
 
-    return program.run_decompositions({index: gathered, index_add: added})
+    def attended(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, *, scale: float) -> Tensor:
+        scores = (scale * q @ k.mT).masked_fill(~sees, -torch.inf)
+        return scores.softmax(-1) @ v
+
+    return program.run_decompositions(
+        {
+            aten.index.Tensor: gathered,
+            aten.index_add.default: added,
+            aten.scaled_dot_product_attention.default: attended,
+        }
+    )

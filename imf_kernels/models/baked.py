@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from imf_kernels import checks
 from imf_kernels import grids as time_grids
 from imf_kernels.files import replacing
 from imf_kernels.models.config import DiTConfig
@@ -126,10 +127,12 @@ class Baked:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: not a baked model of this format; the error names the file.
+            ValueError: not a baked model of this format, the error names the file; or no such
+                device, which it then names.
         """
         from safetensors import SafetensorError, safe_open
 
+        device = checks.device("device", device)
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 metadata = file.metadata() or {}

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from imf_kernels import grids
+from imf_kernels import checks, grids
 from imf_kernels.models import checkpoints, state_dicts
 from imf_kernels.models.config import CausalUNetConfig, DiTConfig
 from imf_kernels.models.cosyvoice2 import CausalUNet
@@ -118,8 +118,9 @@ def load_student(path: str | os.PathLike[str], device: torch.device | str = "cpu
 
     Raises:
         ValueError, FileNotFoundError: naming the file; also a pair that is damaged or does not
-            belong together.
+            belong together. A device that is not there is a ValueError, too.
     """
+    device = checks.device("device", device)
     weights, side = checkpoints.read(path), side_file(path)
     try:
         students = _read_side(side)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from imf_kernels import checks, dispatch, masks
 from imf_kernels.ops import _attention_kernels as kernels
@@ -35,16 +36,23 @@ def reference(qkv: Tensor, rows: Rows, chunk: Tensor | None, scale: float) -> Te
     longest, device = rows.longest, qkv.device
     place = torch.arange(longest, device=device)
     frame = (rows.starts[:-1, None] + place).clamp(max=max(qkv.shape[0] - 1, 0))
-    q, k, v = wide(selected(qkv, rows))[frame].movedim(1, 3).unbind(1)  # (R, H, N, head_dim)
+    q, k, v = selected(qkv, rows)[frame].movedim(1, 3).unbind(1)  # (R, H, N, head_dim)
     sees = masks.inside(rows.lengths, longest)[:, None, :]
     if chunk is not None:
         block = place // chunk[:, None]
         sees = sees & (block[:, None, :] <= block[:, :, None])
-    scores = (scale * q @ k.mT).masked_fill(~sees[:, None], -torch.inf)
-    out = (scores.softmax(-1) @ v).transpose(1, 2)
+    out = _attend(q, k, v, sees[:, None], scale).transpose(1, 2)
     row = rows.row_of.clamp(min=0)
     position = (torch.arange(qkv.shape[0], device=device) - rows.starts[row]).clamp(0, longest - 1)
     return selected(out[row, position].to(qkv.dtype), rows)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scale: float) -> Tensor:
+    """Every query's softmax over the keys that it sees."""
+    if torch.compiler.is_exporting():  # the one form that compilers know to store no scores
+        return F.scaled_dot_product_attention(q, k, v, sees, scale=scale)
+    scores = (scale * wide(q) @ wide(k).mT).masked_fill(~sees, -torch.inf)
+    return scores.softmax(-1) @ wide(v)
 
 
 def _pieces(
