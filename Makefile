@@ -17,7 +17,7 @@ client := $(VENV)/.f5_tts-installed
 log := $(VENV)/imf_kernels-install.log
 
 .PHONY: help demo test test-hosts test-build test-gpu bench bench-cpu bench-streaming bench-gpu \
-	bench-gpu-full bench-distillation bench-report count kernels docs figures lint clean
+	bench-gpu-full bench-deployment bench-distillation bench-report count kernels docs figures lint clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -54,6 +54,10 @@ bench-cpu: $(client) ## F5-TTS's own sampler against ours on this CPU (10 minute
 bench-streaming: $(installed) ## Streams against solving the prefix again, on this CPU (10 minutes)
 	OMP_NUM_THREADS=2 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1000000000 \
 		$(py) -m benchmarks.streaming --out benchmarks/results/cpu/streaming.json $(ARGS)
+
+bench-deployment: $(installed) ## Exported files beside our own kernels, on this CPU (5 minutes)
+	OMP_NUM_THREADS=2 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1000000000 \
+		$(py) -m benchmarks.deployment --out benchmarks/results/cpu/deployment.json $(ARGS)
 
 count: $(installed) ## Operations, FLOPs and bytes of one evaluation, beside F5-TTS's own
 	$(py) -m benchmarks.count $(ARGS)

@@ -30,6 +30,7 @@ PACKAGES = (
     "torchdiffeq",
     "x-transformers",
     "vocos",
+    "onnxruntime",
     "pytest-benchmark",
 )
 

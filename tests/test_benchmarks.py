@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from benchmarks import __main__ as suites
 from benchmarks import (
     contest,
     count,
+    deployment,
     distillation,
     plain,
     streaming,
@@ -297,6 +299,36 @@ def test_streaming_on_the_cpu(tmp_path, monkeypatch, capsys):
         assert 0 < row["last_block_ms"]["prefix"] <= row["ms"]["prefix"]
         assert row["stream_bytes"] > 0
     assert "prefix" in capsys.readouterr().out
+
+
+def test_deployment_on_the_cpu(tmp_path, monkeypatch, capsys):
+    """Of the student itself; whose exports are compiled or translated for longer."""
+    arguments = "--size tiny --depth 1 --seconds 1 2 --nfe 1 --rounds 2 --threads 1 --exports"
+    results = run(deployment, arguments, tmp_path / "deployment.json", monkeypatch)
+    assert [row["frames"] for row in results["rows"]] == [94, 188]
+    for row in results["rows"]:
+        (ours,) = row["runtimes"].values()
+        assert ours["seconds"] > 0
+        assert ours["relative_rms"] == 0
+        assert ours["peak_bytes"] > 2**26  # PyTorch's own
+    assert deployment.table(results) in capsys.readouterr().out
+
+
+def test_a_runtime_that_answers_otherwise_has_no_row():
+    inputs = {"noise": np.zeros((1, 4, 2))}
+    solves = {"ours": lambda given: given["noise"] + 1, "other": lambda given: given["noise"] + 2}
+    with pytest.raises(ArithmeticError, match="'other': 1"):
+        deployment.measure(solves, inputs, rounds=1)
+
+
+def test_table_of_deployment():
+    took = {"seconds": 0.5, "peak_bytes": 15e8}
+    row = {"nfe": 3, "seconds": 10, "runtimes": {"ours": took, "other": {**took, "seconds": 0.25}}}
+    assert deployment.table({"rows": [row]}).splitlines() == [
+        "| steps | audio | ours | other |",
+        "|---|---|---|---|",
+        "| 3 | 10 s | 0.500 s, 1.50 GB | 0.250 s, 1.50 GB |",
+    ]
 
 
 def test_bytes_of_an_op():

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import buckets, distillation, f5_sampler
+from benchmarks import buckets, deployment, distillation, f5_sampler
 from docs.figures.__main__ import FIGURES
 from imf_kernels.distill.__main__ import main as distill
 from imf_kernels.hosts.f5_tts import F5TTS
@@ -18,6 +18,7 @@ from tests.hosts.cosyvoice_host import HostCFM, HostFlow, small
 from tests.models.tools import small_model
 
 DOCS = pages.ROOT / "docs"
+RESULTS = pages.ROOT / "benchmarks/results/cpu"
 RUN_APART = {pages.README, DOCS / "cosyvoice.md", DOCS / "distilling.md"}
 
 
@@ -107,7 +108,7 @@ def test_page(page, tmp_path, monkeypatch):
 
 
 def measured(name):
-    return json.loads((pages.ROOT / "benchmarks/results/cpu" / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def test_table_of_speed_is_the_committed_run():
@@ -150,6 +151,11 @@ def test_tables_of_distillation_are_the_committed_run():
     page = (DOCS / "benchmarks.md").read_text()
     for table in distillation.tables(measured("distillation")).split("\n\n"):
         assert table in page
+
+
+@pytest.mark.skipif(not (RESULTS / "deployment.json").exists(), reason="none is committed")
+def test_table_of_deployment_is_the_committed_run():
+    assert deployment.table(measured("deployment")) in (DOCS / "deployment.md").read_text()
 
 
 def test_table_of_padding_is_what_the_script_says():
