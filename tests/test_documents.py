@@ -11,6 +11,7 @@ from benchmarks import buckets, deployment, distillation, f5_sampler
 from docs.figures.__main__ import FIGURES
 from imf_kernels.distill.__main__ import main as distill
 from imf_kernels.hosts.f5_tts import F5TTS
+from imf_kernels.metrics import Similarity
 from imf_kernels.models.token_encoder import LookaheadEncoder
 from tests import pages
 from tests.distill import made
@@ -78,9 +79,10 @@ def test_cosyvoice(tmp_path, monkeypatch):
 
 
 def test_distilling(tmp_path, monkeypatch):
-    """Its documents are run, each before the program that reads what it writes."""
+    """Its documents are run, each before the program that reads what it writes; then its metric."""
     page = DOCS / "distilling.md"
     documents, programs = (pages.blocks(page, language) for language in ("yaml", "python"))
+    *programs, metric = programs
     for make, document, program in zip(
         (made.f5, made.cosyvoice2), documents, programs, strict=True
     ):
@@ -92,6 +94,13 @@ def test_distilling(tmp_path, monkeypatch):
         assert distill(["run.yaml", "--debug"]) == 0
         names = run([program], monkeypatch, place)
     assert len(names["student"].grid) == 2
+
+    names = run([metric], monkeypatch, tmp_path)
+    similarity = Similarity(lambda clip: clip[:, :8000], "cpu")  # the voice is the wave
+    names["sim_o"] = lambda weights: similarity
+    mel = torch.randn(60, 100)
+    assert names["alike"]([mel], [mel]) == pytest.approx(1.0)
+    assert names["alike"]([mel], [torch.randn(60, 100)]) < 0.9
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def teacher_model(section: ModelSection) -> Any:
     if section.build is not None:
         model = schema.make(section.build, section.arguments, "model.arguments")
     else:
-        model = _load(section, section.checkpoint, "model.checkpoint")
+        model = _load(section.family, section.checkpoint, "model.checkpoint")
     return model.eval().requires_grad_(False)
 
 
@@ -165,9 +165,10 @@ def student_of(section: ModelSection, teacher: Any) -> Any:
     options: dict[str, Any] = {"diagonal": said.diagonal} if said.diagonal != 1 else {}
     options |= {"guidance": True} if said.guidance else {}  # your own need not know these
     tokens = said.step_tokens
-    with schema.naming("model.student", ("checkpoint", "sizes", "lora")):
+    with schema.naming("model.student", ("checkpoint", "family", "sizes", "lora")):
         if said.checkpoint is not None:
-            student = _load(section, said.checkpoint, "model.student.checkpoint")
+            family = said.family or section.family
+            student = _load(family, said.checkpoint, "model.student.checkpoint")
             student = student if student.config.mixer else student.student(**options)
             student.requires_grad_(True)
         elif said.sizes is not None:
@@ -192,14 +193,14 @@ def counts(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, free in sizes if free), sum(n for n, free in sizes if not free)
 
 
-def _load(section: ModelSection, path: str | None, where: str) -> Any:
+def _load(family: str | None, path: str | None, where: str) -> Any:
     assert path is not None
     with schema.naming(where):
-        if section.family == "cosyvoice2":
+        if family == "cosyvoice2":
             return models.load_cosyvoice2(path)
-        if section.family == "cosyvoice3":
+        if family == "cosyvoice3":
             return models.load_cosyvoice3(path)
-        return models.load_f5(path, section.family)
+        return models.load_f5(path, family)
 
 
 def _resized(teacher: Any, said: StudentSection) -> Any:

@@ -63,6 +63,7 @@ class StudentSection:
 
     Attributes:
         checkpoint: Begin with these weights, of the teacher's family but any size.
+        family: Of that checkpoint, if it is F5-TTS's other one.
         sizes: Begin with random weights of other sizes (`depth: 12`, fields of the model's config);
             F5's text tower stays the teacher's.
         diagonal: D of the mixer's initial `[D 0]`.
@@ -75,6 +76,7 @@ class StudentSection:
     """
 
     checkpoint: str | None = None
+    family: Literal["f5_v0", "f5_v1"] | None = None
     sizes: Mapping[str, Any] | None = None
     diagonal: float = 1.0
     guidance: bool = False
@@ -87,6 +89,8 @@ class StudentSection:
             raise ValueError(
                 "sizes: expected none beside a checkpoint, which has its own, got some"
             )
+        if self.family is not None and self.checkpoint is None:
+            raise ValueError("family: expected none without a checkpoint, got one")
         others = (self.checkpoint, self.sizes, self.lora, self.guidance or None)
         if self.step_tokens is not None and (self.diagonal != 1 or others.count(None) < 4):
             raise ValueError(
@@ -133,6 +137,8 @@ class ModelSection:
             raise ValueError("arguments: expected none without build, got some")
         if self.build is not None and (self.checkpoint or self.student.sizes):
             raise ValueError("build: expected neither checkpoint nor sizes beside it, got some")
+        if self.student.family is not None and self.family not in ("f5_v0", "f5_v1"):
+            raise ValueError("student.family: expected none but beside F5-TTS's own, got one")
         if self.student.step_tokens is not None and self.family == "cosyvoice2":
             raise ValueError("student.step_tokens: expected none for cosyvoice2, no DiT, got some")
         if self.build is not None and self.teacher_dtype is not None:

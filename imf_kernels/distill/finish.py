@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -57,9 +58,10 @@ def search_grids(run: Run, student: Any) -> dict[int, Tensor]:
             index = next(i for i, other in enumerate(batches) if other is batch)
             fine = section.reference == "teacher"
             goal = run.solves.of(run.held_out[index], index) if fine else batch.x1
-            rows = zip(mel, goal, batch.counted("span"), strict=True)
+            rows = zip(mel, goal, batch.counted("span"), batch.names, strict=True)
             return [
-                score(row[counted].cpu(), wanted[counted].cpu()) for row, wanted, counted in rows
+                score(row[counted].cpu(), wanted[counted].cpu(), name)
+                for row, wanted, counted, name in rows
             ]
 
         result = o3s.find_grid(
@@ -90,17 +92,23 @@ def search_grids(run: Run, student: Any) -> dict[int, Tensor]:
     return found
 
 
-def _judged(section: O3SSection) -> tuple[Callable[[Tensor, Tensor], Any], Reduce]:
+def _judged(section: O3SSection) -> tuple[Callable[[Tensor, Tensor, str], Any], Reduce]:
     """What is made of an utterance's mels on the rank that has them, and of that of all."""
     metric = section.metric
     if isinstance(metric, str):
         return _squares, _root_mean
+    named = "names" in inspect.signature(metric).parameters
+
+    def judge(utterances: list[Any]) -> float:
+        mels, goals, names = map(list, zip(*utterances, strict=True))
+        return float(metric(mels, goals, **({"names": names} if named else {})))
+
     if section.over == "utterances":
-        return lambda mel, goal: float(metric([mel], [goal])), o3s.mean
-    return lambda *pair: pair, lambda pairs: float(metric(*map(list, zip(*pairs, strict=True))))
+        return lambda *utterance: judge([utterance]), o3s.mean
+    return lambda *utterance: utterance, judge
 
 
-def _squares(mel: Tensor, goal: Tensor) -> tuple[float, int]:
+def _squares(mel: Tensor, goal: Tensor, name: str) -> tuple[float, int]:
     return float((mel - goal).double().square().sum()), mel.numel()
 
 

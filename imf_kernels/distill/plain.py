@@ -42,7 +42,7 @@ def distill(
     """Train the student's trainable parameters on an objective, and return it in eval mode.
 
     Args:
-        student: Trained in place.
+        student: Trained in place, all that requires gradients.
         objective: `loss, info = objective(student, batch)`.
         batches: At least `updates` batches.
         updates: Optimizer steps.

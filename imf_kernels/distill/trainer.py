@@ -66,7 +66,8 @@ class Trainer:
         student, objective, folder, settings: As given; the student on its device.
 
     Args:
-        student: Trained in place; its trainable weights are float32.
+        student: Trained in place, all that requires gradients (of F5-TTS's models freeze
+            `text_embed`, as the command does, for the estimator alone); these weights are float32.
         objective: `loss, info = objective(student, batch)`.
         batches: Called with the number of batches that this rank has taken before; yields this
             rank's batches from there on, on the accelerator's device, the same ones every time.

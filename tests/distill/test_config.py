@@ -138,6 +138,7 @@ def test_overrides(tmp_path):
         ("model.teacher_dtype", "float32", "model.teacher_dtype: expected none beside build"),
         ("model.graphs", "all", "model.graphs: expected one of default or a list of a list of"),
         ("model.student.checkpoint", "no.pt", "model.student.checkpoint: expected a file, got"),
+        ("model.student.family", "f5_v0", "model.student.family: expected none without"),
         ("model.student.lora", {"rang": 4}, "model.student.lora.rang: expected one of rank"),
         ("validation.nfe", [1, "x"], r"validation.nfe\[1\]: expected an integer, got 'x'"),
         ("previews.vocoder", "vocos", "previews.vocoder: expected one of griffin_lim or"),

@@ -86,6 +86,19 @@ def test_a_set_is_scored_once(searched):
     assert (rank, len(frames), max(frames)) == (0, 3, value)
 
 
+def named(generated, references, names):
+    assert len(names) == len(generated)
+    CALLS.append(names)
+    return 0.0
+
+
+@pytest.mark.parametrize("over", ["utterances", "set"])
+def test_a_metric_is_told_the_names_that_it_asks_for(searched, over):
+    searched(1, metric="tests.distill.test_finish:named", over=over)
+    assert len(CALLS) == (1 if over == "set" else 3)
+    assert len({name for names in CALLS for name in names}) == 3
+
+
 def test_the_distance_to_the_teacher_is_that_of_all_frames(searched):
     value = searched(2)
     assert value == searched(1)

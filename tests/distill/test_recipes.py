@@ -125,6 +125,12 @@ def test_other_students(place):
         if name.startswith("text_embed."):
             assert torch.equal(weights[name], value)
 
+    other = ["--set=folder=other", "--set=model.student.family=f5_v0"]
+    other += ["--set=model.student.checkpoint=pretrained/model.safetensors"]
+    assert main([recipe, "--debug", *short, *other]) == 0
+    held, _ = student("run/student.safetensors")
+    assert held.model.config.rope_heads == 1, "as F5-TTS v0 rotates"
+
 
 def test_a_student_with_step_tokens(place):
     made.f5(place)
