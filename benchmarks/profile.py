@@ -10,16 +10,14 @@
 On a GPU the eager solve is followed by the same request to a `GraphSampler`. Then comes what one
 evaluation launches; on the CPU, which has no kernels, its operations.
 
-`--nsight` does the same solves without torch.profiler, for nsys and ncu to look at; `--overhead`
-measures what a range itself costs beside an evaluation; `--operations` prints the table of
-docs/profiling.md.
+`--nsight` does the same solves without torch.profiler, for nsys and ncu to look at; `--operations`
+prints the table of docs/profiling.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import timeit
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import count, facts
 from benchmarks.launches import launches
-from benchmarks.timing import Run, interleaved, synchronize
+from benchmarks.timing import Run, synchronize
 from benchmarks.workload import PROMPT_SECONDS, SIZES, build, request
 from imf_kernels import profiling, sampler
 from imf_kernels.graphs import GraphSampler
@@ -98,48 +96,13 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
 
 
 def launched(found: dict[str, Any]) -> str:
-    lines = [f"one evaluation: {found['count']} launches, {found['copies']} copies"]
+    lines = [f"one evaluation: {found['count']:g} launches, {found['copies']:g} copies"]
     lines += [f"{'count':>7}{'us':>10}{'share':>8}  name"]
     lines += [
-        f"{row['count']:>7}{row['us']:>10.0f}{row['share']:>8.1%}  {row['name'][:70]}"
+        f"{row['count']:>7g}{row['us']:>10.0f}{row['share']:>8.1%}  {row['name'][:70]}"
         for row in found["top"]
     ]
     return "\n".join([*lines, ""])
-
-
-def overhead(calls: int = 1000) -> dict[str, float | None]:
-    """Nanoseconds that a range costs: off, and on without a tool or a profiler that listens.
-
-    None where the package `nvtx` is missing. Ranges are off afterwards.
-    """
-    costs: dict[str, float | None] = {}
-    empty = _nanoseconds("pass", calls)
-    for to in ("off", "nvtx", "torch"):
-        profiling.disable()
-        try:
-            if to != "off":
-                profiling.enable(to)
-            costs[to] = _nanoseconds("with span('evaluation'): pass", calls) - empty
-        except ImportError:
-            costs[to] = None
-    profiling.disable()
-    return costs
-
-
-def _nanoseconds(statement: str, calls: int) -> float:
-    names = {"span": profiling.span}
-    # many and short: on a busy machine some are not interrupted
-    return 1e9 * min(timeit.repeat(statement, globals=names, repeat=100, number=calls)) / calls
-
-
-def overhead_line(row: dict[str, Any]) -> str:
-    costs = ", ".join(
-        f"{to} {'not installed' if ns is None else f'{ns:.0f} ns'}" for to, ns in row["ns"].items()
-    )
-    return (
-        f"a range: {costs}; an evaluation: {row['evaluation_ms']:.3f} ms, "
-        f"{row['share_off']:.1e} of it for the two ranges of a step while they are off\n"
-    )
 
 
 def operations() -> str:
@@ -168,7 +131,6 @@ def parser() -> argparse.ArgumentParser:
         "--guidance", type=float, nargs="?", const=2.0, help="w, without a number 2: a teacher"
     )
     found.add_argument("--nsight", action="store_true", help="only solve, with NVTX ranges")
-    found.add_argument("--overhead", action="store_true", help="only the cost of a range")
     found.add_argument("--operations", action="store_true", help="only that table")
     return found
 
@@ -192,14 +154,6 @@ def main() -> int:
 
         def evaluate() -> Any:
             return model.evaluate(noise, modulation, cond)
-
-        if args.overhead:
-            ms = interleaved({"one": evaluate}, device, args.rounds, warm_ups=1)["one"].median
-            ns = overhead()
-            share = 2e-6 * (ns["off"] or 0.0) / ms
-            row = {"what": "overhead", "ns": ns, "evaluation_ms": ms, "share_off": share}
-            found.add(row, overhead_line(row))
-            return found.finish()
 
         def eager() -> Any:
             fresh = model.prepare(**given, guided=args.guidance is not None)

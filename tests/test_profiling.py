@@ -444,32 +444,6 @@ def test_the_table_of_ranges(tmp_path, monkeypatch, capsys):
     assert "one evaluation:" in printed
 
 
-def test_the_cost_of_a_range(tmp_path, monkeypatch, domain):
-    run(f"--overhead --rounds 2 --out {tmp_path / 'profile.json'}", monkeypatch)
-    (row,) = json.loads((tmp_path / "profile.json").read_text())["rows"]
-    assert row["ns"].keys() == {"off", "nvtx", "torch"}
-    assert domain.pushed
-    monkeypatch.setitem(sys.modules, "nvtx", None)
-    assert benchmark.overhead(calls=10)["nvtx"] is None
-
-
-def test_the_cost_of_a_range_on_a_busy_machine(monkeypatch):
-    """Where another process has 4 ms of every 5: the cost is that between its turns."""
-    clock = 0.0
-
-    def repeat(statement, *, globals, repeat, number):
-        nonlocal clock
-        found = []
-        for _ in range(repeat):
-            own = number * (300e-9 if "span" in statement else 10e-9)
-            begin, clock = clock, clock + own
-            found.append(own + 4e-3 * (clock // 1e-3 - begin // 1e-3))
-        return found
-
-    monkeypatch.setattr(benchmark.timeit, "repeat", repeat)
-    assert benchmark.overhead()["off"] == pytest.approx(290)
-
-
 def test_solves_for_nsight(monkeypatch, domain):
     run("--nsight --nfe 2 --rounds 3", monkeypatch)
     assert [stack for _, *stack in domain.pushed].count([("solve", 2)]) == 3
