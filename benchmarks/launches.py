@@ -1,4 +1,4 @@
-"""What one call launches."""
+"""What a call launches."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import Run, synchronize
 
+CALLS = 5
+
 
 def launches(run: Run, device: torch.device, most: int = 12) -> dict[str, Any]:
-    """Kernels by the profiler, most telling first; on the CPU, which has none, operations."""
+    """Kernels by the profiler, most telling first; on the CPU, which has none, operations.
+
+    All are means over `CALLS` calls.
+    """
     run()
     synchronize(device)
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as trace:
-        run()
+        for _ in range(CALLS):
+            run()
         synchronize(device)
     kind, total = DeviceType.CPU, "self_cpu_time_total"
     if cuda:
@@ -30,8 +36,14 @@ def launches(run: Run, device: torch.device, most: int = 12) -> dict[str, Any]:
     launched.sort(key=lambda entry: getattr(entry, total), reverse=True)
     us = sum(getattr(entry, total) for entry in entries)
     top = [
-        {"name": e.key, "count": e.count, "us": getattr(e, total), "share": getattr(e, total) / us}
+        {
+            "name": e.key,
+            "count": e.count / CALLS,
+            "us": getattr(e, total) / CALLS,
+            "share": getattr(e, total) / us,
+        }
         for e in launched[:most]
     ]
-    count = sum(e.count for e in launched)
-    return {"count": count, "copies": sum(e.count for e in entries) - count, "us": us, "top": top}
+    count, every = (sum(e.count for e in those) for those in (launched, entries))
+    means = {"count": count / CALLS, "copies": (every - count) / CALLS, "us": us / CALLS}
+    return {**means, "top": top}

@@ -8,7 +8,7 @@
 "floor_seconds" are FLOPs or weights over what this device was measured to do in the same run;
 "library_seconds" what the matrix products and the attention alone take at these shapes, of each the
 fastest that libraries (and, of attention, this one) have: every block's products on weights of its
-own, as a model's are cold. "kernels" is what a profiler saw of one evaluation of ours without a
+own, as a model's are cold. "kernels" is what a profiler saw of an evaluation of ours without a
 graph. A ragged batch is packed for ours and padded for the others.
 
 test_ranges measures what a range of `imf_kernels.profiling` costs: off, as they are by default, and
@@ -120,7 +120,8 @@ def attention_candidates(model: DiT, rows: int, frames: int, cuda: bool) -> dict
         "ours": lambda: _each(lambda _: ops.attention(qkv, layout), blocks),
     }
     for name in _flash.LIBRARIES if cuda else ():
-        with contextlib.suppress(ImportError):
+        # a library of another PyTorch or CUDA fails to load in any of these ways
+        with contextlib.suppress(ImportError, OSError, AttributeError, RuntimeError):
             run = _flash.LIBRARIES[name].load()
             candidates[name] = functools.partial(_library, run, qkv, layout, config.depth)
     if cuda:

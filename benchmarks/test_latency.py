@@ -1,17 +1,20 @@
-"""Latency of requests of mixed lengths from many threads: every request is one of the data.
+"""Latency of requests of mixed lengths from many threads.
 
     ours, graph     GraphSampler, as many slots as threads, 4 at most; `prepare` in its graph
     ours, eager     sampler.sample, one at a time behind a lock
     plain           plain PyTorch, one at a time behind a lock
 
-From a thread's call until the device has its result, waiting included; "p50" and "p99" are those of
-all requests of all rounds, "requests_a_second" is that of a burst. Contenders' bursts take turns.
+From a thread's call until the device has its result, waiting included. A round is a burst of all
+requests, and its datum their median: they wait for each other, so they are no data of their own.
+"p50" and "p99" are those of all requests of all rounds, "requests_a_second" is that of a burst.
+Contenders' bursts take turns.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import random
 import statistics
 import threading
@@ -115,22 +118,22 @@ def test_latency(row: Row, contest: Contest) -> None:
                 role=role,
             )
         contest.settle()
-        taken: dict[str, list[float]] = {name: [] for name in contest.contenders}
+        taken: dict[str, list[list[float]]] = {name: [] for name in contest.contenders}
         rates: dict[str, list[float]] = {name: [] for name in contest.contenders}
         for _ in contest.rounds():
             for name, contender in contest.contenders.items():
                 start = time.perf_counter()
-                taken[name] += [seconds for seconds, _ in contender.run()]
+                taken[name].append([seconds for seconds, _ in contender.run()])
                 rates[name].append(len(asked) / (time.perf_counter() - start))
-        for name, seconds in taken.items():
-            percentiles = statistics.quantiles(seconds, n=100, method="inclusive")
+        for name, bursts in taken.items():
+            percentiles = statistics.quantiles(itertools.chain(*bursts), n=100, method="inclusive")
             contest.tell(
                 name,
                 p50=percentiles[49],
                 p99=percentiles[98],
                 requests_a_second=statistics.median(rates[name]),
             )
-            contest.record(name, seconds)
+            contest.record(name, [statistics.median(seconds) for seconds in bursts])
 
 
 def solver(model: Any, nfe: int) -> Solve:

@@ -16,6 +16,7 @@ from benchmarks import (
     count,
     deployment,
     distillation,
+    launches,
     plain,
     streaming,
     test_evaluation,
@@ -25,6 +26,7 @@ from benchmarks import (
 )
 from benchmarks.timing import Ceilings, interleaved
 from imf_kernels import sampler
+from imf_kernels.ops import _flash
 from tests import pages
 
 ROOT = pages.ROOT
@@ -86,8 +88,7 @@ def every_record_says_what_it_is(tiny):
         assert record["name"].endswith(f": {told['contender']}")
         assert {"device": "CPU", "dtype": "float32"}.items() <= told["row"].items()
         assert told["error"] <= told["bound"]
-        each = len(record["stats"]["data"]) // told["row"].get("requests", 1)
-        assert each == 2
+        assert len(record["stats"]["data"]) == 2
         assert record["stats"]["median"] == statistics.median(record["stats"]["data"]) > 0
         contenders = groups.setdefault(record["group"], {})
         assert told["contender"] not in contenders
@@ -352,6 +353,44 @@ def test_products_and_attention_are_the_flops_of_an_evaluation():
     all_of_them, _ = workload.work(model, [1250], 1)
     assert flops == pytest.approx(all_of_them, rel=0.02)
     assert flops < all_of_them
+
+
+@pytest.mark.parametrize("problem", [ImportError, OSError, AttributeError, RuntimeError])
+def test_a_library_that_does_not_load_is_no_candidate(problem, monkeypatch):
+    def broken():
+        raise problem("undefined symbol")
+
+    def works():
+        return lambda q, k, v, rows, scale: (q, q)
+
+    libraries = {"broken": _flash.Library(broken, (8,)), "works": _flash.Library(works, (8,))}
+    monkeypatch.setattr(_flash, "LIBRARIES", libraries)
+    model, _ = workload.build("tiny", torch.device("cpu"), torch.float32)
+    candidates = test_evaluation.attention_candidates(model, 1, 8, cuda=True)
+    assert candidates.keys() == {"flash", "ours", "works", "cudnn"}
+
+
+def test_launches_are_means_of_calls(monkeypatch):
+    calls, traces = [], []
+
+    def run():
+        for _ in calls:  # none while it warms up, 1 to 5 while it is profiled
+            torch.ones(2).sin()
+        calls.append(1)
+
+    def profile(**given):
+        traces.append(torch.profiler.profile(**given))
+        return traces[0]
+
+    monkeypatch.setattr(launches, "profile", profile)
+    found = launches.launches(run, torch.device("cpu"))
+    (sine,) = (each for each in found["top"] if each["name"] == "aten::sin")
+    assert sine["count"] == 3
+    entries = traces[0].key_averages()
+    assert found["count"] == sum(entry.count for entry in entries) / 5
+    assert found["us"] == pytest.approx(entries.self_cpu_time_total / 5)
+    for key, whole in (("us", found["us"]), ("share", 1)):
+        assert sum(each[key] for each in found["top"]) == pytest.approx(whole)
 
 
 def test_distillation_on_the_cpu(tmp_path, monkeypatch, capsys):

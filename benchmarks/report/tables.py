@@ -32,7 +32,8 @@ TESTS = {
     "ranges": Test("Ranges", "What a range for profilers costs: off, as by default, and on."),
     "latency": Test(
         "Latency",
-        "From a request to its result; requests of mixed lengths, from several threads.",
+        "From a request to its result, a burst's median; requests of mixed lengths, from several "
+        "threads.",
         ("p50", "p99", "requests_a_second"),
     ),
     "ops": Test("Ops", "A call of one fused op."),
