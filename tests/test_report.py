@@ -9,6 +9,7 @@ from benchmarks.report import __main__ as command
 from benchmarks.report import comparison, page, plots, quality, tables
 from benchmarks.report.ratios import FEWEST, Ratio, ratio
 from benchmarks.report.results import load
+from examples.quickstart import figures
 
 ROW = {"model": "f5_base", "device": "CPU", "dtype": "float32", "nfe": 3, "guidance": False}
 
@@ -55,7 +56,7 @@ def test_a_row_is_its_right_contenders(tmp_path):
     (row,), missing = shown(tmp_path, baseline(), record(), record("peer", "peer", error=2e-4))
     assert [one.contender for one in row.records] == ["plain", "ours"]
     assert row.baseline.contender == "plain"
-    assert missing == [("rtf | f5_base, NFE 3: peer", "error 2.0e-04, allowed 1.0e-04")]
+    assert missing == [("rtf | f5_base, NFE 3", "peer", "error 2.0e-04, allowed 1.0e-04")]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_a_row_is_its_right_contenders(tmp_path):
 def test_a_row_that_is_not_shown_is_named(records, why, tmp_path):
     rows, missing = shown(tmp_path, *records)
     assert rows == []
-    assert missing[-1] == ("rtf | f5_base, NFE 3", why)
+    assert missing[-1] == ("rtf | f5_base, NFE 3", None, why)
 
 
 def test_what_a_run_left_out_is_named(tmp_path):
@@ -79,8 +80,8 @@ def test_what_a_run_left_out_is_named(tmp_path):
     left_out.append({"row": "a row", "contender": None, "why": "no time"})
     _, missing = shown(tmp_path, left_out=left_out)
     assert missing == [
-        ("rtf | f5_base, float32, nfe 3: F5-TTS", "not installed"),
-        ("a row", "no time"),
+        ("rtf | f5_base, float32, nfe 3", "F5-TTS", "not installed"),
+        ("a row", None, "no time"),
     ]
 
 
@@ -270,6 +271,25 @@ def test_the_page(tmp_path):
         assert (again.parent / name).read_bytes() == path.read_bytes()
 
 
+def test_what_is_not_shown_is_grouped(tmp_path):
+    absent = {"contender": "F5-TTS", "why": "not installed"}
+    left_out = [{"row": f"row {i}", **absent} for i in (1, 2, 3, 1)]
+    left_out.append({"row": "row 1", "contender": "peer", "why": "not installed"})
+    left_out += [{"row": f"row {i}", "contender": None, "why": "no time"} for i in (4, 5)]
+    wrong = [record("peer", error=1.0)]
+    write(
+        tmp_path / "results" / "cpu" / "rtf.json", baseline(), record(), *wrong, left_out=left_out
+    )
+    page.write(tmp_path / "results", tmp_path, tmp_path / "REPORT.md")
+    _, _, text = (tmp_path / "REPORT.md").read_text().partition("### Not shown\n\n")
+    assert text.split("\n\n")[0].split("\n") == [
+        "- F5-TTS (3 rows): not installed",
+        "- peer (row 1): not installed",
+        "- no time: row 4; row 5",
+        "- peer (rtf | f5_base, NFE 3): error 1.0e+00, allowed 1.0e-04",
+    ]
+
+
 def test_a_folder_is_a_device(tmp_path):
     write(tmp_path / "gpu" / "ops.json", device="NVIDIA A100")
     write(tmp_path / "gpu" / "rtf.json", device="NVIDIA H200")
@@ -337,6 +357,19 @@ def test_quality(tmp_path):
     assert all(plot.path.stat().st_size > 10_000 for plot in drawn)
     assert "IntMeanFlow" in drawn[1].alt
     assert without == ["text2mel"]
+
+
+def test_labels_of_a_logarithmic_axis(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    key = {"model": "student", "grid": "uniform"}
+    rows = [{**key, "nfe": nfe, "frechet": 300.0 / nfe**2} for nfe in (1, 2, 8)]
+    figures.draw_curves(tmp_path / "curves.png", rows)
+    (axis,) = (axis for axis in drawn[0].axes if axis.get_yscale() == "log")
+    labels = [label for minor in (False, True) for label in axis.get_yticklabels(minor=minor)]
+    texts = {label.get_text() for label in labels}
+    assert texts >= {"5", "10", "20", "50", "100", "200"}
+    assert all(f"{float(text):e}"[0] in "125" for text in texts)
 
 
 def test_means_over_runs():

@@ -128,11 +128,18 @@ def _tables(run: Run, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _missing(missing: Iterable[Missing]) -> Iterator[str]:
-    reasons: dict[str, list[str]] = {}
-    for what, why in missing:
-        reasons.setdefault(why, []).append(what)
-    if reasons:
-        lines = (f"- {why}: {'; '.join(dict.fromkeys(whats))}" for why, whats in reasons.items())
+    """Rows that lack a contender for one reason are counted; rows that are missing are named."""
+    found: dict[tuple[str | None, str], dict[str, None]] = {}
+    for row, contender, why in missing:
+        found.setdefault((contender, why), {})[row] = None
+    lines = []
+    for (contender, why), rows in found.items():
+        if contender is None:
+            lines.append(f"- {why}: {'; '.join(rows)}")
+        else:
+            where = f"{len(rows)} rows" if len(rows) > 1 else next(iter(rows))
+            lines.append(f"- {contender} ({where}): {why}")
+    if lines:
         yield "### Not shown"
         yield "\n".join(lines)
 

@@ -49,9 +49,10 @@ class Record:
 
 
 class Missing(NamedTuple):
-    """What is not shown, and why."""
+    """A contender of a row that is not shown, or None for the row itself, and why."""
 
-    what: str
+    row: str
+    contender: str | None
     why: str
 
 
@@ -93,14 +94,14 @@ class Run:
             groups.setdefault(record.group, []).append(record)
         rows, missing = [], list(self.left_out)
         for group, records in groups.items():
-            missing += [Missing(_name(r), _failure(r)) for r in records if not r.right]
+            missing += [Missing(group, r.contender, _failure(r)) for r in records if not r.right]
             passed = tuple(record for record in records if record.right)
             baselines = [record for record in passed if record.role == "baseline"]
             if len(baselines) != 1:
                 found = f"{len(baselines)} baselines" if baselines else "no baseline"
-                missing.append(Missing(group, f"{found} that passed the gate"))
+                missing.append(Missing(group, None, f"{found} that passed the gate"))
             elif all(record.role != "ours" for record in passed):
-                missing.append(Missing(group, "nothing of ours that passed the gate"))
+                missing.append(Missing(group, None, "nothing of ours that passed the gate"))
             else:
                 rows.append(Row(records[0].test, records[0].row, passed, baselines[0]))
         return rows, missing
@@ -126,7 +127,8 @@ def load(path: Path) -> Run:
     for record in records:
         if (record.group, record.contender) in seen:
             raise ValueError(
-                f"{path}: expected each contender once a row, got {_name(record)!r} twice"
+                f"{path}: expected each contender once a row, "
+                f"got '{record.group}: {record.contender}' twice"
             )
         seen.add((record.group, record.contender))
     device = _get(machine, "device", str, f"{path}: machine_info")
@@ -199,12 +201,10 @@ def _short(commit: str, dirty: bool) -> str:
 
 def _left_out(found: Any, path: Path) -> Missing:
     row = _get(found, "row", (dict, str), f"{path}: left_out")
-    what = said(row) if isinstance(row, dict) else row
+    name = said(row) if isinstance(row, dict) else row
     if found.get("suite"):
-        what = f"{found['suite']} | {what}"
-    if found.get("contender"):
-        what = f"{what}: {found['contender']}"
-    return Missing(what, _get(found, "why", str, f"{path}: left_out"))
+        name = f"{found['suite']} | {name}"
+    return Missing(name, found.get("contender"), _get(found, "why", str, f"{path}: left_out"))
 
 
 def _get(found: Any, key: str, kind: type | tuple[type, ...], where: Any) -> Any:
@@ -219,10 +219,6 @@ def _get(found: Any, key: str, kind: type | tuple[type, ...], where: Any) -> Any
         wanted = " or ".join(each.__name__ for each in kinds)
         raise ValueError(f"{where}: {key}: expected {wanted}, got {type(found[key]).__name__}")
     return found[key]
-
-
-def _name(record: Record) -> str:
-    return f"{record.group}: {record.contender}"
 
 
 def _failure(record: Record) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
 from examples.quickstart.audio import HOP, SAMPLE_RATE, natural_log_mel
@@ -124,11 +124,9 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             panel.axhline(ideal, color="#009E73", linewidth=1, linestyle=(0, (1, 2)), label="ideal")
         panel.set_yscale(scale)
         if scale == "log":
-            for axis_formatter in (
-                panel.yaxis.set_major_formatter,
-                panel.yaxis.set_minor_formatter,
-            ):
-                axis_formatter(StrMethodFormatter("{x:g}"))
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            panel.yaxis.set_minor_locator(NullLocator())
         panel.set_title(title, fontsize=11, loc="left")
         _step_axis(panel, sorted({row["nfe"] for row in rows}))
     handles = {  # by label, each once: a panel may lack a curve
