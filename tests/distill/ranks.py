@@ -15,13 +15,15 @@ COUNT = 2
 def launch(function, *arguments, count=COUNT, answering=COUNT, timeout=120):
     """Run `function(rank, *arguments)` in each; its answers, or what it raised as text, by rank.
 
-    `answering` of them are expected to come to an end. They are forked: what this process has
-    imported they have too.
+    `answering` of them are expected to come to an end. They are forked from a server that has
+    imported what they need and done nothing: where autograd has run on a CUDA build of torch, or
+    anything on CUDA, a fork is of no use. So `function` and its arguments have to be picklable.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["accelerate", "tests.distill.tools"])
     answers = context.SimpleQueue()
     children = [
         context.Process(target=_rank, args=(answers, rank, count, port, function, arguments))
@@ -40,9 +42,6 @@ def launch(function, *arguments, count=COUNT, answering=COUNT, timeout=120):
 
 
 def _rank(answers, rank, count, port, function, arguments):
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
