@@ -52,12 +52,13 @@ FACTORS: Mapping[str, Mapping[str, Changes]] = {
         "cosine from 1e-3, no EMA": {"lr": 1e-3, "decay": "cosine", "ema": None},
         "cosine from 1e-3": {"lr": 1e-3, "decay": "cosine"},
         "cosine from 5e-4": {"lr": 5e-4, "decay": "cosine"},
+        "cosine from 5e-4, no EMA": {"lr": 5e-4, "decay": "cosine", "ema": None},
     },
     "EMA": {
         "none": {"ema": None},
         ".95": {"ema": 0.95},
-        ".99": {"ema": 0.99},
-        ".999": {"ema": 0.999},
+        "of the last quarter": {"ema": 0.999, "ramp": 5.0},
+        "of the last half": {"ema": 0.999, "ramp": 3.0},
     },
 }
 """By factor, what the defaults are changed to."""

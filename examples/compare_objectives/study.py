@@ -109,6 +109,7 @@ class Study:
             lr=method.lr,
             decay=method.decay,
             ema=method.ema,
+            ramp=method.ramp,
             updates=updates,
             seconds=seconds,
         )

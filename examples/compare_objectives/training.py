@@ -48,6 +48,7 @@ def train(
     lr: float,
     decay: str = "constant",
     ema: float | None,
+    ramp: float,
     updates: int,
     seconds: float | None = None,
 ) -> list[Snapshot]:
@@ -59,7 +60,9 @@ def train(
         batches: Endless.
         lr: Learning rate after a linear warm-up.
         decay: Of the learning rate, over the updates: "constant", "cosine" or "linear".
-        ema: Decay of the weights' average, smaller during the first updates; None: no average.
+        ema: Decay of the weights' average; None: no average.
+        ramp: After k updates the decay is at most (1 + k) / (ramp + k): the average is over about
+            the last 1 / (ramp - 1) of the updates, however many there are.
         updates: The budget "updates". A quarter and a half of it are snapshots too.
         seconds: The budget "seconds", of CPU time; None: what the updates take. Snapshots take
             none.
@@ -67,7 +70,7 @@ def train(
     student.estimator.fuse_weights()
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = adamw(student, lr, weight_decay=0.01)
-    averaged = AveragedModel(student, multi_avg_fn=_average(ema or 0.0))
+    averaged = AveragedModel(student, multi_avg_fn=_average(ema or 0.0, ramp))
     student.train()
     snapshots: list[Snapshot] = []
     left, done, taken = {"updates", "seconds"}, 0, 0.0
@@ -93,11 +96,11 @@ def train(
     return snapshots
 
 
-def _average(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
+def _average(decay: float, ramp: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
     """An exponential moving average that forgets its first updates soon."""
 
     def update(averages: list[Tensor], weights: list[Tensor], count: Any) -> None:
-        share = min(decay, (1 + int(count)) / (10 + int(count)))
+        share = min(decay, (1 + int(count)) / (ramp + int(count)))
         torch._foreach_lerp_(averages, weights, 1 - share)
 
     return update

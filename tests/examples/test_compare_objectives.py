@@ -158,6 +158,7 @@ def test_seconds_may_end_before_or_after_updates(monkeypatch):
             itertools.repeat(None),
             lr=1e-3,
             ema=None,
+            ramp=10.0,
             updates=4,
             seconds=seconds,
         )
@@ -166,11 +167,16 @@ def test_seconds_may_end_before_or_after_updates(monkeypatch):
 
 
 def test_the_average_of_weights():
-    """Without decay it is the last weights; with it, between them and the first."""
-    for decay, want in ((0.0, 5.0), (0.5, 0.0)):
+    """Without decay it is the last weights; with it between, as the ramp lets."""
+    for decay, ramp, want in (
+        (0.0, 10.0, 5.0),
+        (0.5, 10.0, 2.5),
+        (0.5, 102.0, 2.5),
+        (0.5, 304.0, 3.75),
+    ):
         averages, weights = [torch.zeros(1)], [torch.full((1,), 5.0)]
-        training._average(decay)(averages, weights, torch.tensor(100))
-        assert averages[0] == pytest.approx(want or 2.5)
+        training._average(decay, ramp)(averages, weights, torch.tensor(100))
+        assert averages[0] == pytest.approx(want)
 
 
 def test_peak_of_a_call():

@@ -37,25 +37,25 @@ def test_sweep():
         value = statistics.geometric_mean(r["to_teacher"] for r in run["snapshots"][-1]["rows"])
         best.setdefault(run["settings"]["method"], {})[path.stem.split(" ", 1)[1]] = value
     short = {k: v["chosen"] / min(v.values()) - 1 for k, v in best.items()}
-    assert short.keys() == METHODS.keys() - {"mean_flow_jvp"}
-    assert {k for k, v in short.items() if v} == {"int_mean_flow", "mean_flow", "ds_flow_tokens"}
-    assert all(0.03 < short[name] < 0.04 for name in ("int_mean_flow", "mean_flow"))
-    assert f"keep 5e-4, {100 * short['ds_flow_tokens']:.1f} %".replace(" 0.", " .") in PAGE
-    assert "with three\nexceptions" in PAGE
-    assert "it was not swept" in PAGE
+    assert short.keys() == METHODS.keys()
+    few = {"int_mean_flow", "ds_flow", "mean_flow"}
+    tenths = {"ds_flow_tokens", "mean_flow_jvp"}
+    assert {k for k, v in short.items() if v} == few | tenths
+    assert "each 3 to 4 % from it" in PAGE
+    assert all(0.025 < short[name] < 0.045 for name in few)
+    assert "below 1 % from it" in PAGE
+    assert all(short[name] < 0.01 for name in tenths)
 
 
 def test_ablations():
     assert "\n".join(ablations.table(ablations.load(RESULTS / "ablations"))) in PAGE
 
 
-def test_averages_that_are_one():
+def test_the_average_of_the_defaults():
     """An average's decay is (1 + k) / (10 + k) at update k, where that is less."""
     last = ablations.UPDATES // 2 - 1
-    assert f"comes to {(1 + last) / (10 + last):.3f} at most".replace(" 0.", " .") in PAGE
-    runs = ablations.load(RESULTS / "ablations")
-    ends = [summary.ended(runs[f"EMA {decay}"][0], "updates")["rows"] for decay in (".99", ".999")]
-    assert ends[0] == ends[1]
+    said = f"a decay of {(1 + last) / (10 + last):.3f} after".replace(" 0.", " .")
+    assert said in PAGE
 
 
 def test_text2mel():
