@@ -48,6 +48,8 @@ def onnxruntime(file: str, threads: int) -> Solve:
 
     options = SessionOptions()
     options.intra_op_num_threads = threads
+    # its idle threads would take the cores from whoever has the next turn
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return lambda inputs: session.run(None, dict(inputs))[0]
 

@@ -1,6 +1,7 @@
 """The report: what passes its gate, how sure a ratio is, pictures, and two files compared."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -376,6 +377,12 @@ def test_means_over_runs():
     key = {"model": "student", "grid": "uniform", "nfe": 1}
     runs = [{"rows": [{**key, "frechet": value, "note": "-"}]} for value in (1.0, 2.0)]
     assert quality.means(runs) == [{**key, "frechet": 1.5}]
+    named = {**key, "model": quality.STUDENT, "frechet": 1.0}
+    assert quality.means([{"rows": [named]}]) == [{**key, "frechet": 1.0}]
+    drawn = json.loads(
+        (Path(__file__).parents[1] / "examples/text2mel/results/seed0.json").read_text()
+    )
+    assert quality.STUDENT in {row["model"] for row in drawn["rows"]}
 
 
 # -- comparison -----------------------------------------------------------------------------------

@@ -248,7 +248,7 @@ def profiled(found: Any) -> dict[str, Parts]:
 def _styles(names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, name in enumerate(names)
+        for i, name in enumerate(sorted(names, key=lambda name: "plain" not in name))
     }
 
 

@@ -17,6 +17,8 @@ CURVES = {
     "quickstart": "of the quickstart's models",
     "text2mel": "of the text2mel example's models",
 }
+STUDENT = "student, all"
+"""The one of text2mel's two whose curve is drawn."""
 
 
 def draw(examples: Path, folder: Path) -> tuple[list[Plot], list[str]]:
@@ -49,9 +51,10 @@ def means(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = defaultdict(lambda: defaultdict(list))
     for run in runs:
         for row in run["rows"]:
+            model = "student" if row["model"] == STUDENT else row["model"]
             for metric, value in row.items():
                 if isinstance(value, float):
-                    found[row["model"], row["grid"], row["nfe"]][metric].append(value)
+                    found[model, row["grid"], row["nfe"]][metric].append(value)
     return [
         {"model": model, "grid": grid, "nfe": nfe}
         | {metric: statistics.mean(values) for metric, values in metrics.items()}
