@@ -93,18 +93,20 @@ ROOT = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "benchmarks/REPORT.md": "report.md",
 }
 
 
 def from_pages(app: Sphinx, name: str, text: list[str]) -> None:
-    """Links of pages to files of the root that stand in the site."""
+    """Links of pages to files outside of `docs/` that stand in the site."""
     for file, page in ROOT.items():
         text[0] = text[0].replace(f"](../{file}", f"]({page}")
 
 
 def from_root(app: Sphinx, path: Path, parent: str, text: list[str]) -> None:
-    """Links of files of the root, as they are included."""
-    text[0] = re.sub(r"\]\((?!https?:|#)", "](../", text[0]).replace("](../docs/", "](")
+    """Links of these files, as they are included."""
+    folder = path.parent.as_posix()
+    text[0] = re.sub(r"\]\((?!https?:|#)", f"]({folder}/", text[0]).replace("](../docs/", "](")
     from_pages(app, parent, text)
 
 
