@@ -88,8 +88,8 @@ def driver(uuid: str) -> dict[str, str]:
         "--format=csv,noheader",
     ]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(asked, run.stdout.strip().split(", "), strict=False))
 

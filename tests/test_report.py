@@ -12,6 +12,7 @@ from benchmarks.report.ratios import FEWEST, Ratio, ratio
 from benchmarks.report.results import load
 from examples.quickstart import figures
 
+ROOT = Path(__file__).parents[1]
 ROW = {"model": "f5_base", "device": "CPU", "dtype": "float32", "nfe": 3, "guidance": False}
 
 
@@ -360,6 +361,11 @@ def test_quality(tmp_path):
     assert without == ["text2mel"]
 
 
+def test_the_report_is_of_the_committed_results(tmp_path):
+    page.write(ROOT / "benchmarks/results", ROOT / "examples", tmp_path / "REPORT.md")
+    assert (tmp_path / "REPORT.md").read_text() == (ROOT / "benchmarks/REPORT.md").read_text()
+
+
 def test_labels_of_a_logarithmic_axis(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
@@ -379,9 +385,7 @@ def test_means_over_runs():
     assert quality.means(runs) == [{**key, "frechet": 1.5}]
     named = {**key, "model": quality.STUDENT, "frechet": 1.0}
     assert quality.means([{"rows": [named]}]) == [{**key, "frechet": 1.0}]
-    drawn = json.loads(
-        (Path(__file__).parents[1] / "examples/text2mel/results/seed0.json").read_text()
-    )
+    drawn = json.loads((ROOT / "examples/text2mel/results/seed0.json").read_text())
     assert quality.STUDENT in {row["model"] for row in drawn["rows"]}
 
 

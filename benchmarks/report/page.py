@@ -11,14 +11,15 @@ from benchmarks.report.plots import Plot
 from benchmarks.report.results import Missing, Row, Run, is_result, load
 from imf_kernels.files import replacing
 
-INTRODUCTION = """# Benchmarks
+INTRODUCTION = """# Report of the suites
 
 Made by `python -m benchmarks.report` from the result files in `benchmarks/results`, which hold
 every round. A cell holds the median of its rounds; how many times as fast as the row's baseline
 that is, with a 95 % bootstrap interval over the rounds, in which all contenders took turns (none
 for fewer than six rounds); what multiple of the device's floor it is; and what was counted. The
 floor is the time for the row's FLOPs and bytes at the rates that the device reached in the same
-run. The intervals do not cover how a machine drifts from run to run. Only what passed its
+run, of one matrix product and one long copy: what a cache holds, and products of better shapes,
+come below 1. The intervals do not cover how a machine drifts from run to run. Only what passed its
 correctness gate is shown, and only beside a baseline of the same run; the rest is listed with the
 reason."""
 

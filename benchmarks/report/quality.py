@@ -15,7 +15,7 @@ from examples.quickstart.figures import draw_curves
 
 CURVES = {
     "quickstart": "of the quickstart's models",
-    "text2mel": "of the text2mel example's models",
+    "text2mel": "of the text2mel example's teacher, and its student whose loss covers all frames",
 }
 STUDENT = "student, all"
 """The one of text2mel's two whose curve is drawn."""
@@ -30,16 +30,14 @@ def draw(examples: Path, folder: Path) -> tuple[list[Plot], list[str]]:
         runs = [json.loads(file.read_text()) for file in sorted(_files(examples / name))]
         if runs:
             draw_curves(path, means(runs))
-            plots.append(
-                Plot(path, f"Four metrics against NFE {whose}, means over {len(runs)} runs")
-            )
+            plots.append(Plot(path, f"Four metrics against NFE {whose}, {_of(len(runs))}"))
         else:
             without.append(name)
     compared = summary.load(examples / "compare_objectives" / "results")
     if compared:
         path = folder / "compare_objectives.png"
         summary.draw(compared, path)
-        names = ", ".join(summary.NAMES[name] for name in compared)
+        names = "; ".join(summary.NAMES[name] for name in compared)
         plots.append(Plot(path, f"Distance to the fine solve and Fréchet distance of {names}"))
     else:
         without.append("compare_objectives")
@@ -60,6 +58,10 @@ def means(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         | {metric: statistics.mean(values) for metric, values in metrics.items()}
         for (model, grid, nfe), metrics in found.items()
     ]
+
+
+def _of(runs: int) -> str:
+    return "one run" if runs == 1 else f"means over {runs} runs"
 
 
 def _files(example: Path) -> list[Path]:

@@ -150,7 +150,7 @@ def mean_flow(
 
 
 METHODS = {
-    # All: an average over some 50 updates in place of a decay, and the best of the learning rates.
+    # All: an average of the last ninth of the updates in place of a decay; the sweep's rates.
     # The quickstart's: 16 guided sub-steps from noise, whose 136 pairs of times serve 16 updates.
     "int_mean_flow": Method(
         build=int_mean_flow,

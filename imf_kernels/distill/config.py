@@ -228,7 +228,8 @@ class O3SSection:
         nfe: Numbers of steps to search for.
         metric: "to_teacher" (root mean square distance over all frames), or
             "package.module:function", called with the generated and the reference mels, lists of
-            `(n, C)` of the frames that count.
+            `(n, C)` of the frames that count, and the utterances' names if it has a parameter
+            `names`.
         over: "utterances": a metric of your own is called with one of them at a time, on the rank
             that solved it, and averaged; "set": with all at once, on rank 0 (Frechet distances).
         reference: What those are: the recordings ("truth"), or the teacher's fine solves.

@@ -97,7 +97,10 @@ def _judged(section: O3SSection) -> tuple[Callable[[Tensor, Tensor, str], Any], 
     metric = section.metric
     if isinstance(metric, str):
         return _squares, _root_mean
-    named = "names" in inspect.signature(metric).parameters
+    try:
+        named = "names" in inspect.signature(metric).parameters
+    except (TypeError, ValueError):  # of another language's functions
+        named = False
 
     def judge(utterances: list[Any]) -> float:
         mels, goals, names = map(list, zip(*utterances, strict=True))

@@ -119,6 +119,20 @@ def test_wrapped_and_compiled_students(name):
         torch.testing.assert_close(other, losses[0])
 
 
+@pytest.mark.parametrize("name", ["IntMeanFlow", "DSFlow"])
+def test_a_real_model_compiled(name):
+    """Forward and backward as a compiler gets them, our ops inside."""
+    teacher, losses = Teacher(real_student("f5_v1", depth=1), 2.0), []
+    for backend in (None, "aot_eager"):
+        student = real_student("f5_v1", depth=1)
+        called = student if backend is None else torch.compile(student, backend=backend)
+        loss, _ = objective(name, teacher)(called, real_batch(student))
+        loss.backward()
+        grads = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+        losses.append((loss.detach(), grads))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
+
+
 @EVERY
 def test_autocast(name):
     student = real_student("cosyvoice3")

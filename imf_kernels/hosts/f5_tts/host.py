@@ -140,7 +140,7 @@ class F5TTS(nn.Module):
             guidance: w of the teacher; 3 is the client's `cfg_strength` 2. Or `(least, greatest)`,
                 between which each row's is drawn: the student is told it, and then speaks with the
                 `cfg_strength` of every `sample`.
-            objective: Made with the teacher: `functools.partial(IntMeanFlow, nfe=8)`; with a range
+            objective: Made with the teacher: `functools.partial(IntMeanFlow, nfe=16)`; with a range
                 it is given that too, as `guidance`.
             grid, nfe: The student's own schedule, see `F5TTS`.
             diagonal: D of the mixer's initial `[D 0]`.
