@@ -193,7 +193,8 @@ def test_kills_lose_nothing(tmp_path):
             child.join(60)
             exitcode = child.exitcode
             assert exitcode in (0, -signal.SIGKILL)
-        assert saved(folder) == ["step_00000010", "step_00000012"]
+        newest = saved(folder)[-2:]  # killed before it deletes the oldest, a run leaves that too
+        assert newest == ["step_00000010", "step_00000012"]
         assert same(weights(trainer(folder, UPDATES, **OPTIONS).run()), want)
     assert half_written == KILLS // 2
 

@@ -27,7 +27,7 @@ FP8 = {"quantize_rows"}
 """Kernels that only write FP8, which sm_80 does not have."""
 ELSEWHERE = {"ragged_copy", "linear", "fp8_linear", "cached_attention"}
 """CUDA C++ (tests/test_build.py), the libraries' matrix products, attention's own kernel."""
-SPILLS = {"3.6": 16}
+SPILLS = {"3.6": 16, "3.7": 16}
 """Bytes that a Triton's assembler keeps of a few kernels; others none."""
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 
