@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib.metadata
 import json
@@ -117,15 +118,17 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The checked-out commit, "-dirty" if files differ from it; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The checked-out commit, "-dirty" if tracked files differ from it but for results, which a run
+    itself writes; None outside a repository."""
+    git = functools.partial(
+        subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
     try:
-        run = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        head = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        changed = git(["git", "diff", "--name-only", "HEAD", "--", ":/", ":^results"]).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    return run.stdout.strip()
+    return f"{head}-dirty" if changed else head
 
 
 def write(out: Path | None, results: Any) -> None:

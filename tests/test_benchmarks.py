@@ -16,6 +16,7 @@ from benchmarks import (
     count,
     deployment,
     distillation,
+    facts,
     launches,
     plain,
     streaming,
@@ -54,6 +55,22 @@ def run(module, arguments, out, monkeypatch, status=0):
     return results
 
 
+def test_own_results_leave_the_commit_clean(tmp_path, monkeypatch):
+    monkeypatch.setattr(facts, "__file__", str(tmp_path / "benchmarks" / "facts.py"))
+    code, result = tmp_path / "code.py", tmp_path / "benchmarks" / "results" / "cpu" / "ops.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("1")
+    code.write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@example.org"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    (head,) = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).split()
+    result.write_text("2")
+    assert facts.commit() == head
+    code.write_text("2")
+    assert facts.commit() == f"{head}-dirty"
+
+
 @pytest.mark.timeout(900)
 def test_every_path_of_every_suite(tmp_path):
     """In one run, for it takes half a minute."""
@@ -76,8 +93,8 @@ def test_every_path_of_every_suite(tmp_path):
 
 
 def every_record_says_what_it_is(tiny):
-    facts = {"device", "cpu", "dtype", "threads", "versions", "commit", "backends", "command"}
-    assert facts <= tiny["machine_info"].keys()
+    told = {"device", "cpu", "dtype", "threads", "versions", "commit", "backends", "command"}
+    assert told <= tiny["machine_info"].keys()
     assert tiny["commit_info"]["id"] == tiny["machine_info"]["commit"] == "abc"
     assert tiny["selection"] == "tiny"
     assert tiny["ceilings"].keys() == {"flops", "bandwidth"}

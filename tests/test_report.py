@@ -177,7 +177,13 @@ def test_a_ratio_is_always_the_same():
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(2.0, "2.00 s"), (0.01234, "12.3 ms"), (4.56e-5, "45.6 µs"), (1234.0, "1234 s")],
+    [
+        (2.0, "2.00 s"),
+        (0.01234, "12.3 ms"),
+        (4.56e-5, "45.6 µs"),
+        (1234.0, "1234 s"),
+        (1e-9, "1.00 ns"),
+    ],
 )
 def test_quantities(seconds, words):
     assert tables.quantity(seconds) == words
@@ -200,6 +206,15 @@ def test_a_table_of_a_suite(tmp_path):
         f"| 1 | 0.200<br>baseline | 0.100<br>{sure}<br>2.00x the floor<br>1.00 GiB held |",
         f"| 3 | 0.600<br>baseline | 0.300<br>{sure}<br>6.00x the floor<br>1.00 GiB held |",
     ]
+
+
+def test_ranges_tell_what_they_cost(tmp_path):
+    records = [baseline(seconds=[1e-8] * 8), record(seconds=[1.9e-7] * 8)]
+    for each in records:
+        each["name"] = f"test_ranges[{each['group']}]"
+        del each["extra_info"]["audio_seconds"]
+    (table,) = tables.test_tables(shown(tmp_path, *records)[0], "a CPU")
+    assert table.endswith("| 10.0 ns<br>baseline | 190 ns<br>180 ns more |")
 
 
 def test_the_papers_figures_stand_beside_an_a100s(tmp_path):
@@ -275,7 +290,7 @@ def test_the_page(tmp_path):
 
 def test_what_is_not_shown_is_grouped(tmp_path):
     absent = {"contender": "F5-TTS", "why": "not installed"}
-    left_out = [{"row": f"row {i}", **absent} for i in (1, 2, 3, 1)]
+    left_out = [{"suite": "rtf", "row": f"row {i}", **absent} for i in (1, 2, 3, 1)]
     left_out.append({"row": "row 1", "contender": "peer", "why": "not installed"})
     left_out += [{"row": f"row {i}", "contender": None, "why": "no time"} for i in (4, 5)]
     wrong = [record("peer", error=1.0)]
@@ -285,7 +300,7 @@ def test_what_is_not_shown_is_grouped(tmp_path):
     page.write(tmp_path / "results", tmp_path, tmp_path / "REPORT.md")
     _, _, text = (tmp_path / "REPORT.md").read_text().partition("### Not shown\n\n")
     assert text.split("\n\n")[0].split("\n") == [
-        "- F5-TTS (3 rows): not installed",
+        "- F5-TTS (3 rows of rtf): not installed",
         "- peer (row 1): not installed",
         "- no time: row 4; row 5",
         "- peer (rtf | f5_base, NFE 3): error 1.0e+00, allowed 1.0e-04",

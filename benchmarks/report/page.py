@@ -122,9 +122,9 @@ def _facts(run: Run) -> str:
 
 def _tables(run: Run, rows: Sequence[Row]) -> Iterator[str]:
     for test in dict.fromkeys(row.test for row in rows):
-        title, what, _ = tables.TESTS.get(test, tables.Test(test))
-        yield f"### {title}"
-        yield f"{what} (`{run.path.name}`)".lstrip()
+        told = tables.TESTS.get(test, tables.Test(test))
+        yield f"### {told.title}"
+        yield f"{told.what} (`{run.path.name}`)".lstrip()
         yield from tables.test_tables([row for row in rows if row.test == test], run.device)
 
 
@@ -138,7 +138,8 @@ def _missing(missing: Iterable[Missing]) -> Iterator[str]:
         if contender is None:
             lines.append(f"- {why}: {'; '.join(rows)}")
         else:
-            where = f"{len(rows)} rows" if len(rows) > 1 else next(iter(rows))
+            suites = ", ".join(dict.fromkeys(row.partition(" | ")[0] for row in rows))
+            where = f"{len(rows)} rows of {suites}" if len(rows) > 1 else next(iter(rows))
             lines.append(f"- {contender} ({where}): {why}")
     if lines:
         yield "### Not shown"

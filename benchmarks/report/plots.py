@@ -135,7 +135,7 @@ def roofline(
         _scatter(axes[0], styles, counted, intensity, [r.more["flops"] / r.median for r in counted])
         axes[0].set(title="speed below the limit", xlabel="FLOP a byte", ylabel="FLOP/s")
     floors, times = [r.more["floor_seconds"] for r in records], [r.median for r in records]
-    ends = [min(floors), max(floors)]
+    ends = [min(floors) / 2, max(floors) * 2]
     axes[-1].plot(ends, ends, color=GREY, label="the device's limit")
     axes[-1].plot(
         ends, [2 * end for end in ends], color=GREY, linestyle=":", label="twice its time"
@@ -270,7 +270,7 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    columns = 3 if len(handles) > 1 else 1
+    columns = 3 if figure.get_figwidth() > 6 else 1
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
 
 

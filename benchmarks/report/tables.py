@@ -19,6 +19,8 @@ class Test(NamedTuple):
     title: str
     what: str = ""
     counted: tuple[str, ...] = ()
+    differs: bool = False
+    """Seconds more than the baseline are told, in place of how many times as fast."""
 
 
 TESTS = {
@@ -29,7 +31,11 @@ TESTS = {
         ("weight_bytes", "bytes_held"),
     ),
     "evaluation": Test("One evaluation", "Of the model alone.", ("library_seconds",)),
-    "ranges": Test("Ranges", "What a range for profilers costs: off, as by default, and on."),
+    "ranges": Test(
+        "Ranges",
+        "What a range for profilers costs: off, as by default, and on.",
+        differs=True,
+    ),
     "latency": Test(
         "Latency",
         "From a request to its result, a burst's median; requests of mixed lengths, from several "
@@ -139,20 +145,19 @@ def _rows_table(rows: Sequence[Row], device: str) -> str:
 def _cell(record: Record, baseline: Record) -> str:
     """RTF or time; against the baseline; against the floor; what was counted."""
     audio, floor = record.more.get("audio_seconds"), record.more.get("floor_seconds")
+    test = TESTS.get(record.test, Test(""))
     parts = [significant(record.median / audio) if audio else quantity(record.median)]
     if record is baseline:
         parts.append("baseline")
+    elif test.differs:
+        parts.append(f"{quantity(record.median - baseline.median)} more")
     else:
         found = ratio(baseline.seconds, record.seconds, paired=True)
         sure = f" ({significant(found.low)} to {significant(found.high)})" if found.known else ""
         parts.append(f"{significant(found.value)}x{sure}")
     if floor:
         parts.append(f"{significant(record.median / floor)}x the floor")
-    parts += [
-        COUNTED[key](record.more[key])
-        for key in TESTS.get(record.test, Test("")).counted
-        if record.more.get(key)
-    ]
+    parts += [COUNTED[key](record.more[key]) for key in test.counted if record.more.get(key)]
     return "<br>".join(parts)
 
 
@@ -173,7 +178,7 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def quantity(seconds: float) -> str:
     """Such as "12.3 ms"."""
-    units = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
+    units = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9))
     unit, one = next((each for each in units if seconds >= each[1]), units[-1])
     return f"{significant(seconds / one)} {unit}"
 
