@@ -17,7 +17,7 @@ client := $(VENV)/.f5_tts-installed
 log := $(VENV)/imf_kernels-install.log
 
 .PHONY: help demo test test-hosts test-build test-gpu bench bench-cpu bench-streaming bench-gpu \
-	bench-gpu-full bench-deployment bench-distillation bench-report count kernels docs figures lint clean
+	bench-gpu-full bench-deployment bench-distillation bench-report count simulate kernels docs figures lint clean
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -68,8 +68,11 @@ bench-distillation: $(installed) ## What a supervised interval costs, counted (2
 bench-report: $(installed) ## benchmarks/REPORT.md and its plots, of all results that there are
 	$(py) -m benchmarks.report $(ARGS)
 
+simulate: $(installed) ## What solves would take on an H200 and on an A100, without one (3 minutes)
+	$(py) -m benchmarks.simulate --out benchmarks/results/simulated $(ARGS)
+
 kernels: $(installed) ## Registers, stack and shared memory of every kernel, compiled without a GPU
-	$(py) -m benchmarks.kernels $(ARGS)
+	$(py) -m benchmarks.kernels --out benchmarks/results/simulated/kernels.json $(ARGS)
 
 docs: $(installed) ## The documents and the reference as a site, in out/docs
 	$(py) -m sphinx -b html -W --keep-going -n -q docs out/docs $(ARGS)

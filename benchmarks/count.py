@@ -3,10 +3,9 @@
     python -m benchmarks.count
 
 Every operation that PyTorch dispatches is one, attention and each fused op included; views are
-none. "a block" is what one more block adds. FLOPs are those of matrix products, convolutions and
-attention; bytes are what operations read and write, in float32. Beside this library's models stands
-F5-TTS's own, where `f5-tts` is installed. How many kernels an operation launches only a profiler on
-a GPU can say.
+none. "a block" is what one more block adds. FLOPs and bytes are `benchmarks.operations`', in
+float32. Beside this library's models stands F5-TTS's own, where `f5-tts` is installed. How many
+kernels an operation launches only a profiler on a GPU can say.
 """
 
 from __future__ import annotations
@@ -14,128 +13,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import math
-import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import flop_counter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import imf_kernels
 from benchmarks import f5_client, facts
+from benchmarks.operations import Count, count
 from benchmarks.workload import VOCABULARY
 from imf_kernels.models import CausalUNet, CausalUNetConfig, DiT, DiTConfig, TextConfig
 from imf_kernels.models.step_tables import StepTables
 
 FRAMES = 1250  # 10 s generated after a 3.3 s prompt, at 93.75 frames a second
-
-
-class Count(NamedTuple):
-    """Operations, FLOPs and bytes of one evaluation; `by_name` for the curious.
-
-    `nbytes` are read and written; `held` is the most that lay in storages made since its start and
-    not freed yet.
-    """
-
-    operations: int
-    flops: float
-    nbytes: float
-    held: int
-    by_name: Counter[str]
-
-
-class _Counting(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-        self.nbytes = self.alive = self.held = 0
-        self.storages: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
-        out = func(*args, **(kwargs or {}))
-        if not (func.is_view or func.namespace == "prim" or "detach" in str(func)):
-            self.names[str(func)] += 1
-            leaves = tree_leaves((args, kwargs, out))
-            self.nbytes += sum(t.nbytes for t in leaves if isinstance(t, Tensor))
-        given = {_address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and _address(tensor) not in given | self.storages:
-                self._hold(tensor.untyped_storage())
-        return out
-
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        address, nbytes = storage._cdata, storage.nbytes()
-        self.storages.add(address)
-        self.alive += nbytes
-        self.held = max(self.held, self.alive)
-        weakref.finalize(storage, self._free, address, nbytes)
-
-    def _free(self, address: int, nbytes: int) -> None:
-        self.storages.discard(address)
-        self.alive -= nbytes
-
-
-def _address(tensor: Tensor) -> int:
-    """Of the storage itself: without data there is no other."""
-    return tensor.untyped_storage()._cdata
-
-
-def count(evaluate: Callable[[], Any]) -> Count:
-    """What `evaluate` does, on tensors of the "meta" device."""
-    flops = flop_counter.FlopCounterMode(
-        display=False,
-        custom_mapping={
-            torch.ops.imf_kernels.attention: _attention_flops,
-            torch.ops.imf_kernels.attention_backward: _attention_backward_flops,
-            torch.ops.imf_kernels.causal_conv: _conv_flops,
-            torch.ops.imf_kernels.grouped_conv_mish: _conv_flops,
-            torch.ops.imf_kernels.grouped_conv_mish_backward: _conv_backward_flops,
-            torch.ops.aten._addmm_activation: _addmm_flops,
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
-        },
-    )
-    with flops, _Counting() as counting:
-        evaluate()
-    total = sum(counting.names.values())
-    return Count(total, flops.get_total_flops(), counting.nbytes, counting.held, counting.names)
-
-
-def _attention_flops(qkv: Any, starts: Any, *_: Any, **__: Any) -> int:
-    """Of rows that fill their frames evenly; there is a start more than rows."""
-    frames, _, heads, width = qkv
-    return 4 * frames * (frames // max(starts[0] - 1, 1)) * heads * width
-
-
-def _attention_backward_flops(
-    grad: Any, qkv: Any, out: Any, lse: Any, starts: Any, *_: Any, **__: Any
-) -> int:
-    """Five products, the scores again among them, for the forward pass's two."""
-    return 5 * _attention_flops(qkv, starts) // 2
-
-
-def _conv_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * x[0] * math.prod(weight)
-
-
-def _conv_backward_flops(grad: Any, x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """Of the input, of the weight, and the forward pass again, whose result was not kept."""
-    return 3 * _conv_flops(x, weight)
-
-
-def _addmm_flops(bias: Any, a: Any, b: Any, **_: Any) -> int:
-    return 2 * a[0] * a[1] * b[1]
-
-
-def _sdpa_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return flop_counter.sdpa_flop_count(q, k, v)
 
 
 def ours(
@@ -146,8 +39,8 @@ def ours(
     training: bool = False,
     **sizes: int,
 ) -> Count:
-    """One evaluation of a student from step tables, or of a guided teacher; or the forward pass of
-    a student in training."""
+    """One evaluation within a solve, of a student from step tables or of a guided teacher; or the
+    forward pass of a student in training."""
     with without_data(), torch.no_grad():
         model, tables = _unet(**sizes) if variant == "cosyvoice2" else _dit(variant, **sizes)
         model.fuse_weights()
@@ -158,6 +51,7 @@ def ours(
         cond = model.prepare(**given, guided=guided, packed=frames if packed else False)
         x = torch.zeros(1, frames, model.config.channels)
         if not training:
+            cond = model.lay_out(cond, 1)
             return count(lambda: model.evaluate(x, tables.at(0), cond))
         t = torch.zeros(1)
         with torch.enable_grad():

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import count, facts
+from benchmarks import count, facts, operations
 from benchmarks.timing import Run, interleaved
 from benchmarks.updates import GUIDANCE, Trained, draw, peak_bytes, step, trained
 from benchmarks.workload import build
@@ -126,7 +126,7 @@ def counted(it: Trained, runs: Mapping[str, Loss]) -> dict[str, dict[str, float]
     found = {}
     with mock.patch.object(total_derivative, "verify"):  # reads values, once
         for name, run in runs.items():
-            one = count.count(functools.partial(update, run))
+            one = operations.count(functools.partial(update, run))
             found[name] = {"flops": one.flops, "bytes": one.held}
             it.student.zero_grad()
     return found

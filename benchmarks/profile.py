@@ -8,7 +8,9 @@
     device               of the kernels launched within, and of those outside of ranges inside it
 
 On a GPU the eager solve is followed by the same request to a `GraphSampler`. Then comes what one
-evaluation launches; on the CPU, which has no kernels, its operations.
+evaluation launches (on the CPU, which has no kernels, its operations), and what its operations take
+beside the floor of each: the longer of its FLOPs and bytes at the rates that a long product and a
+long copy reach here.
 
 `--nsight` does the same solves without torch.profiler, for nsys and ncu to look at; `--operations`
 prints the table of docs/profiling.md.
@@ -26,8 +28,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import count, facts
-from benchmarks.launches import launches
-from benchmarks.timing import Run, synchronize
+from benchmarks.launches import by_operation, launches
+from benchmarks.timing import Ceilings, Run, synchronize
 from benchmarks.workload import PROMPT_SECONDS, SIZES, build, request
 from imf_kernels import profiling, sampler
 from imf_kernels.graphs import GraphSampler
@@ -105,6 +107,17 @@ def launched(found: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def beside_floors(rows: list[dict[str, Any]]) -> str:
+    lines = ["one evaluation, by operation", f"{'count':>7}{'us':>10}{'floor':>10}{'':>8}  name"]
+    total = {key: sum(row[key] for row in rows) for key in ("count", "us", "floor")}
+    for row in (*rows, {"name": "all", **total}):
+        times = f"{row['us'] / row['floor']:.1f}x" if row["floor"] else ""
+        lines.append(
+            f"{row['count']:>7}{row['us']:>10.0f}{row['floor']:>10.0f}{times:>8}  {row['name']}"
+        )
+    return "\n".join([*lines, ""])
+
+
 def operations() -> str:
     """Markdown: what one unguided evaluation from step tables dispatches, at the public depths."""
     found = {
@@ -115,7 +128,7 @@ def operations() -> str:
     lines = [f"| operation | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|"]
     for name in names:
         cells = " | ".join(str(each.by_name[name] or "") for each in found.values())
-        lines.append(f"| `{name.rpartition('.')[0].removeprefix('imf_kernels.')}` | {cells} |")
+        lines.append(f"| `{name.removeprefix('imf_kernels.')}` | {cells} |")
     cells = " | ".join(str(each.operations) for each in found.values())
     return "\n".join([*lines, f"| all | {cells} |"])
 
@@ -179,6 +192,10 @@ def main() -> int:
             found.add({"what": name, "frames": frames, "ranges": rows}, table(title, rows))
         seen = launches(evaluate, device, most=20)
         found.add({"what": "evaluation", "frames": frames, "kernels": seen}, launched(seen))
+        ceilings = Ceilings.measure(device, getattr(torch, args.dtype))
+        each = by_operation(evaluate, device, ceilings)
+        row = {"what": "operations", "frames": frames, "ceilings": ceilings._asdict()}
+        found.add({**row, "operations": each}, beside_floors(each))
     return found.finish()
 
 

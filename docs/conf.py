@@ -39,6 +39,7 @@ INTERNAL = (  # in signatures, not exported
     "distill.plain.Student",
     "graphs.buckets.AnyBucket",
     "hosts.cosyvoice.live.Frozen",
+    "models.conditioning.Layout",
     "models.conformer.Span",
     "models.estimator.Estimator",
     "models.lookahead.Kept",
@@ -94,6 +95,7 @@ ROOT = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/REPORT.md": "report.md",
+    "benchmarks/TUNING.md": "tuning.md",
 }
 
 
@@ -106,7 +108,8 @@ def from_pages(app: Sphinx, name: str, text: list[str]) -> None:
 def from_root(app: Sphinx, path: Path, parent: str, text: list[str]) -> None:
     """Links of these files, as they are included."""
     folder = path.parent.as_posix()
-    text[0] = re.sub(r"\]\((?!https?:|#)", f"]({folder}/", text[0]).replace("](../docs/", "](")
+    linked = re.sub(r"\]\((?!https?:|#)", f"]({folder}/", text[0])
+    text[0] = linked.replace(f"]({folder}/../docs/", "](").replace("](../docs/", "](")
     from_pages(app, parent, text)
 
 

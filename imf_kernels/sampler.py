@@ -10,7 +10,14 @@ from torch import Tensor
 
 from imf_kernels import checks, grids
 from imf_kernels.profiling import span
-from imf_kernels.solver import Callback, VelocityModel, euler, model_dtype, row_lengths
+from imf_kernels.solver import (
+    Callback,
+    VelocityModel,
+    euler,
+    laid_out,
+    model_dtype,
+    row_lengths,
+)
 
 
 def sample(
@@ -59,7 +66,7 @@ def sample(
         _Progress(steps, callback, progress) as on_step,
     ):
         run = euler(
-            _velocity(model, times, per_row, cond, live=grad),
+            _velocity(model, times, per_row, laid_out(model, cond, len(noise)), live=grad),
             noise,
             per_row.diff(dim=0),
             guidance,

@@ -111,6 +111,7 @@ def solve(
     **options: Any,
 ) -> Trajectory:
     """`euler` of a model, asked at `t = times[k]`, `r = times[k + 1]`; times `(n + 1, B)`."""
+    cond = laid_out(model, cond, x.shape[0])
     return euler(
         lambda k, state: model(state, times[k], times[k + 1], cond),
         x,
@@ -126,6 +127,13 @@ def model_dtype(model: Any, default: torch.dtype) -> torch.dtype:
     """The dtype that a model wants its state in: its `dtype` attribute, if it has one."""
     dtype = getattr(model, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else default
+
+
+def laid_out(model: Any, cond: Any, rows: int) -> Any:
+    """`cond` for the evaluations of one solve of so many rows: what they all make of it is made
+    once, by models that have `lay_out` (`imf_kernels.models`)."""
+    lay_out = getattr(model, "lay_out", None)
+    return cond if lay_out is None else lay_out(cond, rows)
 
 
 def row_lengths(cond: Any, rows: int) -> Tensor | None:

@@ -216,6 +216,7 @@ def compile_all(brief: bool = False) -> Iterator[dict[str, Any]]:
                     "vector_bits": vector_bits(binary.asm["ptx"]),
                     **resources(binary.asm["cubin"]),
                     "shared": binary.metadata.shared,
+                    "warps": binary.metadata.num_warps,
                     "waits": "griddepcontrol.wait" in binary.asm["ptx"],
                 }
             compiled.clear()

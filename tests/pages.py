@@ -12,7 +12,9 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks/REPORT.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = sorted(
+    page for folder in (".", "benchmarks", "docs") for page in (ROOT / folder).glob("*.md")
+)
 
 
 def name(page: Path) -> str:

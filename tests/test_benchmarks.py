@@ -1,10 +1,12 @@
 """The benchmarks run and report what they say they do; no figure is asserted."""
 
 import importlib.util
+import itertools
 import json
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +15,12 @@ import torch
 from benchmarks import __main__ as suites
 from benchmarks import (
     contest,
-    count,
     deployment,
     distillation,
     facts,
     launches,
+    on_gpu,
+    operations,
     plain,
     streaming,
     test_evaluation,
@@ -129,7 +132,8 @@ def every_contender_takes_part(tiny):
     ranges = {"no range", "ours, off", "ours, torch"}
     assert entered["evaluation"] - {"ours, nvtx"} == {"plain", "ours", "ours, fp8", *ranges}
     assert entered["ops"] == {"plain", "ours", "torch.compile"}
-    assert entered["search"] == {"plain", "ours, graph", "ours, eager", "recaptured"}
+    graphs = {"ours, graph", "ours, graph, one grid", "recaptured"}
+    assert entered["search"] == {"plain", "ours, eager", *graphs}
     assert entered["latency"] == {"plain", "ours, graph", "ours, eager"}
     rollouts = {"ours", "ours, packed", "ours, packed, fp8", "plain"}
     meanflow = {"ours, IntMeanFlow", "ours, jvp", "ours, difference", "jvp as published"}
@@ -410,6 +414,42 @@ def test_launches_are_means_of_calls(monkeypatch):
         assert sum(each[key] for each in found["top"]) == pytest.approx(whole)
 
 
+def test_parts_for_a_gpu_do_not_stop_each_other(tmp_path, monkeypatch, capsys):
+    def python(code, minutes=1.0):
+        return on_gpu.Part((sys.executable, "-c", code), minutes)
+
+    made = {
+        "wrong": python("print('why'); raise SystemExit(3)"),
+        "slow": python("import time; time.sleep(60)", minutes=1e-3),
+        "absent": on_gpu.Part(None, 1.0),
+        "right": python("print('all is well')"),
+    }
+    monkeypatch.setattr(on_gpu, "parts", lambda device, results: made)
+    arguments = ["--device", "cpu", "--logs", str(tmp_path)]
+    assert on_gpu.main(arguments) == 1
+    ended = [line.split(" after")[0] for line in capsys.readouterr().out.splitlines()]
+    assert ended[:3] == [
+        "wrong: failed with status 3",
+        "slow: failed: stopped",
+        "absent: left out: compute-sanitizer is not here",
+    ]
+    assert ended[3].startswith("right: done in ")
+    assert (tmp_path / "wrong.log").read_text() == "why\n"
+    assert on_gpu.main([*arguments, "right"]) == 0
+    with pytest.raises(SystemExit):
+        on_gpu.main([*arguments, "other"])
+    assert "expected any of wrong, slow, absent, right, got other" in capsys.readouterr().err
+
+
+def test_parts_for_a_gpu_are_commands_of_this_project():
+    found = on_gpu.parts("cuda", Path("results"))
+    assert list(found)[:3] == ["build", "tests", "bench"]
+    for part in found.values():
+        for option, name in itertools.pairwise(part.command or ()):
+            if option == "-m" and "." in name:
+                assert importlib.util.find_spec(name) is not None
+
+
 def test_distillation_on_the_cpu(tmp_path, monkeypatch, capsys):
     arguments = "--size tiny --rows 2 --frames 2048 --nfe 0 2 4 8 --targets 1 2"
     results = run(distillation, arguments, tmp_path / "distillation.json", monkeypatch)
@@ -456,7 +496,7 @@ def test_bytes_held_by_a_gradient():
 
     for length in (1, 5):
         x.grad = None
-        assert count.count(lambda length=length: chain(length)).held == pytest.approx(
+        assert operations.count(lambda length=length: chain(length)).held == pytest.approx(
             (length + 2) * x.nbytes, rel=1e-3
         )
 
@@ -517,7 +557,7 @@ def test_operations_of_an_evaluation(tmp_path):
             continue
         assert row["a block"] <= 8
         assert row["operations"] <= most
-        assert row["names"]["imf_kernels.attention.default"] == blocks
+        assert row["names"]["imf_kernels.attention"] == blocks
 
     page = " ".join((pages.ROOT / "docs/backends.md").read_text().split())
     dit, packed, training = (

@@ -64,8 +64,12 @@ def clients(tmp_path):
 
 
 def test_readme(tmp_path, monkeypatch):
+    """Every recipe by itself, as its reader copies it."""
     given = clients(tmp_path) | {"device": torch.device("cpu")}
-    names = run(pages.blocks(pages.README, "python"), monkeypatch, tmp_path, **given)
+    *hosts, own = pages.blocks(pages.README, "python")
+    for recipe in hosts:
+        run([recipe], monkeypatch, tmp_path, **given)
+    names = run([own], monkeypatch, tmp_path)
     assert (tmp_path / "o3s.json").exists()
     assert names["mel"].shape == (8, 120, 80)
 

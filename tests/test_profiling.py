@@ -429,7 +429,7 @@ def run(arguments, monkeypatch):
 def test_the_table_of_ranges(tmp_path, monkeypatch, capsys):
     run(f"--nfe 2 --guidance 1.5 --rounds 2 --out {tmp_path / 'profile.json'}", monkeypatch)
     assert not profiling.enabled()
-    solves, evaluation = json.loads((tmp_path / "profile.json").read_text())["rows"]
+    solves, evaluation, operations = json.loads((tmp_path / "profile.json").read_text())["rows"]
     rows = {row["range"]: row for row in solves["ranges"]}
     counts = {"solve": 1, "sub-step": 2, "evaluation": 2, "prepare": 1, "table": 1}
     assert {name: row["count"] for name, row in rows.items()} == counts
@@ -439,9 +439,13 @@ def test_the_table_of_ranges(tmp_path, monkeypatch, capsys):
     assert rows["sub-step"]["mean"] == pytest.approx(rows["sub-step"]["total"] / 2)
     assert all(0 <= row["self"] <= row["total"] for row in rows.values())
     assert evaluation["kernels"]["count"] > 50
+    found = {row["name"]: row for row in operations["operations"]}
+    assert found["imf_kernels.attention"]["count"] == 2
+    assert all(row["us"] > 0 and row["floor"] > 0 for row in found.values() if row["count"] > 1)
     printed = capsys.readouterr().out
     assert "evaluation          2" in printed
     assert "one evaluation:" in printed
+    assert "one evaluation, by operation" in printed
 
 
 def test_solves_for_nsight(monkeypatch, domain):

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.report import plots, quality, tables
+from benchmarks.report import aims, plots, quality, simulated, tables
+from benchmarks.report.aims import Place
 from benchmarks.report.plots import Plot
 from benchmarks.report.results import Missing, Row, Run, is_result, load
 from imf_kernels.files import replacing
@@ -37,7 +38,7 @@ def write(results: Path, examples: Path, out: Path) -> None:
 
     Args:
         results: A folder per device, with files that `--benchmark-json` and `benchmarks.profile`
-            wrote.
+            wrote; in "simulated", those of `benchmarks.simulate` and `benchmarks.kernels`.
         examples: With a folder of results in each.
         out: Where the page goes.
 
@@ -46,10 +47,11 @@ def write(results: Path, examples: Path, out: Path) -> None:
     """
     folders = sorted(path for path in results.iterdir() if path.is_dir())
     loaded = {folder: runs for folder in folders if (runs := _runs(folder))}
-    parts = [INTRODUCTION]
+    measured = {runs[0].device: Place.of(folder, runs) for folder, runs in loaded.items()}
+    parts = [INTRODUCTION, aims.section(measured | simulated.places(results / "simulated"))]
     for folder, runs in sorted(loaded.items(), key=lambda item: _order(item[1][0])):
         parts += _device(folder, runs, out)
-    parts += [*_quality(examples, out), PAPER]
+    parts += [*_quality(examples, out), *simulated.section(results / "simulated"), PAPER]
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         temporary.write_text("\n\n".join(parts) + "\n")

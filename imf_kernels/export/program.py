@@ -101,6 +101,7 @@ class Solve(Exportable):
         noise, *given = inputs
         conditions = dict(zip(self.model.inputs, given, strict=True))
         cond = self.model.prepare(**conditions, streaming=self.streaming)
+        cond = self.model.lay_out(cond, noise.shape[0])
         tables = StepTables(self.blocks, self.final)
         return euler(
             lambda k, x: self.model.evaluate(x, tables.at(k), cond),

@@ -23,7 +23,7 @@ from imf_kernels.models.step_tables import StepTables
 from imf_kernels.models.step_tokens import StepTokenDiT
 from imf_kernels.ops.ragged_copy import Copy
 from imf_kernels.profiling import span
-from imf_kernels.solver import euler, model_dtype, row_lengths
+from imf_kernels.solver import euler, laid_out, model_dtype, row_lengths
 
 Grid = str | Tensor | Sequence[float]
 
@@ -321,12 +321,14 @@ class GraphSampler:
         t = station.buffers["t"][:, : bucket.rows]
         tables = StepTables(station.buffers["blocks"], station.buffers["final"])
 
-        def velocity(k: int, state: Tensor) -> Tensor:
-            if self._tabled:
-                return model.evaluate(state, tables.at(k), cond)
-            return model(state, t[k], t[k + 1], cond)
-
         def solve() -> None:
+            laid = laid_out(model, cond, bucket.rows)
+
+            def velocity(k: int, state: Tensor) -> Tensor:
+                if self._tabled:
+                    return model.evaluate(state, tables.at(k), laid)
+                return model(state, t[k], t[k + 1], laid)
+
             x.copy_(
                 euler(
                     velocity,
@@ -412,6 +414,7 @@ class GraphSampler:
                 spec = model.inputs[name]
                 given[name] = requests.batch(value, max(lengths), spec, engine.device)
             cond = engine.prepare(given, total)
+        cond = laid_out(model, cond, len(x))
         t = times.to(x.device, non_blocking=True)[:, None].expand(-1, len(x)).contiguous()
         tables = self._tables_of(times)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from imf_kernels.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,32 @@ class TensorSpec:
         return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
 
 
+class Layout(NamedTuple):
+    """Where rows lie for evaluations of `batch` rows, those of both branches; for packed rows also
+    those of one branch, for padded rows the frames beyond each row's length, bool `(R, N, 1)`."""
+
+    batch: int
+    rows: Rows
+    branch: Rows | None = None
+    outside: Tensor | None = None
+
+
 class Conditioning(Mapping[str, Tensor]):
     """Prepared tensors by name. Holds `lengths` `(R,)`; R = 2B when prepared for guidance, with
-    rows `[0:B]` conditional and `[B:2B]` unconditional."""
+    rows `[0:B]` conditional and `[B:2B]` unconditional.
 
-    def __init__(self, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> None:
+    `layout` is None but within a solve, whose evaluations all have the same (`Estimator.lay_out`).
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        specs: Mapping[str, TensorSpec],
+        layout: Layout | None = None,
+    ) -> None:
         self._tensors = dict(tensors)
         self.specs = {name: specs[name] for name in self._tensors}
+        self.layout = layout
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from imf_kernels import checks, masks
-from imf_kernels.models.conditioning import Conditioning
+from imf_kernels import checks
+from imf_kernels.models.conditioning import Conditioning, Layout
 from imf_kernels.models.linears import FusedLinears
 from imf_kernels.models.scope import CacheSizes, Extension
 from imf_kernels.models.step_tables import Modulation, StepTables
@@ -196,32 +196,58 @@ class Estimator(nn.Module):
         `modulation` has one row for all, or `cond.rows`.
         """
         _check(cond)
-        batch = x.shape[0]
-        if cond.rows not in (batch, 2 * batch):
-            raise ValueError(
-                f"x: expected {cond.rows} rows, or half of it when guided, got {batch}"
-            )
-        frames = cond["rope" if "rope" in cond else "frames"].shape[0]
+        batch, frames = x.shape[0], _frames(cond)
+        branches = _branches(cond, batch)
         checks.shape("x", x, batch, frames, self.channels)
-        branches, lengths, x = cond.rows // max(batch, 1), cond["lengths"], x.to(self.dtype)
+        layout = cond.layout
+        if layout is None or layout.batch != batch:
+            layout = _layout(cond, batch)
+        rows, x = layout.rows, x.to(self.dtype)
         # selected, never multiplied by 0: beyond a row's length anything may stand, NaN included
-        if "packed" in cond:
+        if layout.branch is not None:
             conditions = cond["packed"].unflatten(0, (branches, -1))
-            own = Rows.packed(lengths[:batch], conditions.shape[1], frames)
-            rows = own.repeat(branches)
-            return rows.unpack(
-                self.velocity(own.pack(x), conditions, modulation, rows, cond), frames
-            )
+            v = self.velocity(layout.branch.pack(x), conditions, modulation, rows, cond)
+            return rows.unpack(v, frames)
+        outside: Any = layout.outside
         conditions = cond["conditions"].view(branches, batch * frames, -1)
-        rows, outside = Rows.padded(lengths, frames), ~masks.inside(lengths, frames)[:, :, None]
         x = x.masked_fill(outside[:batch], 0.0).flatten(0, 1)
         v = self.velocity(x, conditions, modulation, rows, cond)
         return v.unflatten(0, outside.shape[:2]).masked_fill(outside, 0.0)
+
+    def lay_out(self, cond: Conditioning, batch: int) -> Conditioning:
+        """`cond` with its layout, for all evaluations of one solve of `batch` rows.
+
+        Without it every evaluation makes its own: 7 launches, of packed rows 12 or more.
+        """
+        _check(cond)
+        return Conditioning(cond, cond.specs, _layout(cond, batch))
 
 
 def _check(cond: Any) -> None:
     if not isinstance(cond, Conditioning):
         raise TypeError(f"cond: expected what `prepare` returned, got {type(cond).__name__}")
+
+
+def _branches(cond: Conditioning, batch: int) -> int:
+    if cond.rows not in (batch, 2 * batch):
+        raise ValueError(f"x: expected {cond.rows} rows, or half of it when guided, got {batch}")
+    return cond.rows // max(batch, 1)
+
+
+def _frames(cond: Conditioning) -> int:
+    """Of every padded row."""
+    return cond["rope" if "rope" in cond else "frames"].shape[0]
+
+
+def _layout(cond: Conditioning, batch: int) -> Layout:
+    lengths, frames, branches = cond["lengths"], _frames(cond), _branches(cond, batch)
+    if "packed" in cond:
+        total = cond["packed"].unflatten(0, (branches, -1)).shape[1]
+        branch = Rows.packed(lengths[:batch], total, frames)
+        return Layout(batch, branch.repeat(branches), branch=branch)
+    rows = Rows.padded(lengths, frames)
+    outside = (rows.row_of < 0).view(lengths.shape[0], frames, 1)
+    return Layout(batch, rows, outside=outside)
 
 
 def with_storage_of_its_own(

@@ -54,11 +54,12 @@ def ragged_copy(copies: Iterable[Copy]) -> None:
     if not copies:
         return
     cuda = copies[0].destination.is_cuda
-    if dispatch.forced() == "reference" or not dispatch.has_extension(cuda):
+    wanted = dispatch.forced() == "cpp" or (cuda and dispatch.forced() != "reference")
+    if wanted and dispatch.has_extension(cuda):
+        torch.ops.imf_kernels.ragged_copy(*map(list, zip(*copies, strict=True)))
+    else:
         with torch.no_grad():
             reference(copies)
-    else:
-        torch.ops.imf_kernels.ragged_copy(*map(list, zip(*copies, strict=True)))
 
 
 def _check(destination: Tensor, source: Tensor | None, pad: float) -> None:
