@@ -27,8 +27,8 @@ def worst(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         name, architecture = record["kernel"].strip("_"), record["architecture"]
         kernel = Kernel(name, 1, record["warps"], record["reg"], record["shared"])
         resident = record["warps"] * kernel.resident(cards[architecture])
-        key = record["op"], name, architecture
-        row = found.setdefault(key, dict(zip(KEYS, (*key, 0, 0, 0, 0, 64), strict=True)))
+        where = record["op"], name, architecture
+        row = found.setdefault(where, dict(zip(KEYS, (*where, 0, 0, 0, 0, 64), strict=True)))
         row["forms"] += 1
         row["warps"] = min(row["warps"], resident)
         for key, given in (("registers", "reg"), ("stack", "stack"), ("shared", "shared")):

@@ -184,5 +184,13 @@ def _rope_in_place(qkv: Tensor, rope: Tensor, *where: Any) -> int:
     return rope.nbytes + 2 * qkv[:, :2, :touched].nbytes
 
 
-PARTLY: dict[str, Callable[..., int]] = {"imf_kernels.rope_qkv_": _rope_in_place}
+def _embedding(weight: Tensor, ids: Tensor, *_: Any, **__: Any) -> int:
+    """The rows that are asked for, read and written."""
+    return ids.nbytes + 2 * ids.numel() * weight[0].nbytes
+
+
+PARTLY: dict[str, Callable[..., int]] = {
+    "aten.embedding": _embedding,
+    "imf_kernels.rope_qkv_": _rope_in_place,
+}
 """Bytes of operations that leave a part of their tensors alone."""

@@ -112,7 +112,7 @@ class Compiled:
     """
 
     def __init__(self, model: Any, backend: str = "inductor") -> None:
-        self.dtype, self.tables = model.dtype, model.tables
+        self.dtype, self.tables, self.lay_out = model.dtype, model.tables, model.lay_out
         self.evaluate = torch.compile(model.evaluate, dynamic=False, backend=backend)
 
 

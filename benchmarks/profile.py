@@ -161,7 +161,7 @@ def main() -> int:
         prompt = round(args.prompt * rate)
         frames = prompt + round(args.seconds * rate)
         noise, given = request(model, 1, frames, prompt)
-        cond = model.prepare(**given, guided=args.guidance is not None)
+        cond = model.lay_out(model.prepare(**given, guided=args.guidance is not None), 1)
         grid = torch.tensor([0.0, 1.0], device=device)
         modulation = model.tables(grid[:1], grid[1:]).at(0)
 

@@ -8,9 +8,9 @@ its matrix products, so every operation has the shapes, and every kernel the gri
 and shared memory that it has there. Microseconds, from these:
 
     floor       the longer of FLOPs and bytes at the card's ceilings, all bytes from its memory
-    waves       the same in whole waves: products in the library's tiles, one a multiprocessor;
-                blocks of our kernels, as many a multiprocessor as registers and shared memory
-                allow. Attention and convolutions reach `OF_KERNELS` of the ceiling
+    waves       the same dealt to multiprocessors whole: a product's tiles, and the blocks of our
+                attention and convolutions. A multiprocessor runs its own one after the other, our
+                blocks at `OF_KERNELS` of its ceiling, however many of them are resident
     launched    with `LAUNCH` for every kernel of a graph
 
 It knows nothing of latencies, caches and overlap. It says which operations are far from their own
@@ -39,6 +39,9 @@ from benchmarks.operations import Operation, Recording
 from benchmarks.timing import Ceilings
 from benchmarks.workload import build, floor, request
 from imf_kernels import grids
+from imf_kernels.graphs import buckets
+from imf_kernels.models import Baked
+from imf_kernels.ops import _attention_kernels as attention
 from imf_kernels.ops import _triton
 from imf_kernels.solver import euler
 from tests import aot
@@ -67,6 +70,8 @@ SMALL = 0.75
 OF_KERNELS = 0.57
 """Of the ceiling: 450 of 790 TFLOP/s, flash attention's on an H200."""
 LAUNCH = 2e-6
+SEVERAL = {"aten.masked_fill": 2, "aten.constant_pad_nd": 2}
+"""Operations of PyTorch's that are more kernels than one: a copy, or a fill, and what they do."""
 
 
 class Kernel(NamedTuple):
@@ -79,13 +84,12 @@ class Kernel(NamedTuple):
     shared: int
 
     def resident(self, card: Card) -> int:
-        """Blocks on a multiprocessor at once. Registers are given by 256 a warp."""
-        registers = -(-self.registers * 32 // 256) * 256 * self.warps
+        """Blocks on a multiprocessor at once. Each of its four parts has a fourth of the registers,
+        given by 256 a warp."""
+        registers = -(-self.registers * 32 // 256) * 256
+        warps = min(WARPS, 4 * (REGISTERS // 4 // registers))
         shared = self.shared + 1024  # the driver's
-        return min(BLOCKS, WARPS // self.warps, REGISTERS // registers, card.shared // shared)
-
-    def waves(self, card: Card) -> float:
-        return self.blocks / (card.multiprocessors * self.resident(card))
+        return min(BLOCKS, warps // self.warps, card.shared // shared)
 
 
 class Timed(NamedTuple):
@@ -93,13 +97,9 @@ class Timed(NamedTuple):
 
     operation: Operation
     kernels: tuple[Kernel, ...]
+    launches: int
     floor: float
     waves: float
-
-    @property
-    def launches(self) -> int:
-        """Of an operation of PyTorch's, one."""
-        return max(len(self.kernels), 1)
 
 
 class Dry(Recording):
@@ -151,6 +151,8 @@ class Dry(Recording):
         if cubin not in self.known:
             self.known[cubin] = aot.resources(cubin)["reg"]
         name, blocks = kernel.fn.__name__.strip("_"), math.prod(grid)
+        if kernel is attention._forward_kernel:
+            blocks -= math.prod(grid[:2])  # the last plane of its grid only clears padding
         self.launched.append(Kernel(name, blocks, needs.num_warps, self.known[cubin], needs.shared))
 
     def timed(self) -> list[Timed]:
@@ -163,15 +165,21 @@ def timed(operation: Operation, kernels: Sequence[Kernel], card: Card) -> Timed:
     fp8 = 2 if operation.name == "aten._scaled_mm" else 1  # times as many FLOPs
     moving, computing = operation.nbytes / card.bandwidth, operation.flops / fp8 / card.flops
     least = max(moving, computing)
+    launches = max(len(kernels), SEVERAL.get(operation.name, 1))
     sizes = product(operation)
     if sizes is not None:
-        computing = min(_tiled(sizes, *how, card) for how in itertools.product(TILES, SPLITS)) / fp8
+        computing, launches = min(
+            (_tiled(sizes, *how, card) for how in itertools.product(TILES, SPLITS)),
+            key=lambda made: made[0] + made[1] * LAUNCH,
+        )
+        computing /= fp8
     elif kernels and operation.flops:
-        waves = max(kernel.waves(card) for kernel in kernels)
-        computing *= math.ceil(waves) / waves / OF_KERNELS
+        blocks = max(kernel.blocks for kernel in kernels)
+        dealt = math.ceil(blocks / card.multiprocessors) * card.multiprocessors
+        computing *= dealt / blocks / OF_KERNELS
     elif operation.flops:
         computing /= OF_KERNELS
-    return Timed(operation, tuple(kernels), least, max(moving, computing))
+    return Timed(operation, tuple(kernels), launches, least, max(moving, computing))
 
 
 def product(operation: Operation) -> tuple[int, int, int] | None:
@@ -187,15 +195,19 @@ PRODUCTS = {"aten.mm": 0, "aten._scaled_mm": 0, "aten.addmm": 1, "aten._addmm_ac
 """Matrix products, and where the first factor is among their arguments."""
 
 
-def _tiled(sizes: tuple[int, int, int], tile: tuple[int, int], split: int, card: Card) -> float:
-    """Seconds of a product in whole waves of tiles, a tile of each multiprocessor; the partial sums
-    of a split inner dimension, in float32, are written and read."""
+def _tiled(
+    sizes: tuple[int, int, int], tile: tuple[int, int], split: int, card: Card
+) -> tuple[float, int]:
+    """Seconds of a product in whole waves of tiles, a tile of each multiprocessor, and its kernels:
+    the partial sums of a split inner dimension, in float32, are added by another."""
     m, k, n = sizes
     tiles = math.ceil(m / tile[0]) * math.ceil(n / tile[1]) * split
     waves = math.ceil(tiles / card.multiprocessors)
     reached = card.flops * (1.0 if math.prod(tile) >= 128 * 128 else SMALL)
     computing = waves * card.multiprocessors * 2 * math.prod(tile) * k / split / reached
-    return computing + (split > 1) * 8 * split * m * n / card.bandwidth
+    if split == 1:
+        return computing, 1
+    return computing + 8 * split * m * n / card.bandwidth, 2
 
 
 def grouped(operations: Sequence[Timed], card: Card) -> list[dict[str, Any]]:
@@ -264,23 +276,34 @@ def evaluation(model: Any, lengths: Sequence[int], **how: Any) -> Callable[[], A
 
 
 def solve(model: Any, frames: int, prompt: int, nfe: int = 3) -> Callable[[], Any]:
-    """`prepare` and all steps, as a `GraphSampler` replays them: its grid's tables are there."""
-    x, given = request(model, 1, frames, prompt)
+    """`prepare` and all steps, as a `GraphSampler` replays them: in its bucket, with its grid's
+    tables at hand."""
+    bucket = buckets.choose(buckets.DEFAULT, [frames], frames)
+    assert bucket is not None
+    x, given = request(model, 1, bucket.frames, prompt, [frames])
     grid = grids.uniform(nfe)
     tables = model.tables(grid[:-1], grid[1:])
 
     def run() -> Any:
         cond = model.lay_out(model.prepare(**given), 1)
-        return euler(
-            lambda k, state: model.evaluate(state, tables.at(k), cond),
-            x,
-            grid.diff()[:, None],
-            lengths=cond["lengths"],
-            model_dtype=model.dtype,
-            accumulate=False,
+        x.copy_(
+            euler(
+                lambda k, state: model.evaluate(state, tables.at(k), cond),
+                x,
+                grid.diff()[:, None],
+                lengths=cond["lengths"],
+                model_dtype=model.dtype,
+                accumulate=False,
+            ).x
         )
 
     return run
+
+
+def weights(model: Any) -> dict[str, float]:
+    """Bytes of a student baked for 3 steps, of those that it was trained with."""
+    bf16, fp8 = (Baked.of(each, ["uniform"], 3) for each in (model, model.fp8()))
+    return {"baked": bf16.nbytes / bf16.nbytes_before, "FP8": fp8.nbytes / bf16.nbytes_before}
 
 
 def simulated(model: Any, card: Card) -> Iterator[dict[str, Any]]:
@@ -311,6 +334,7 @@ def main() -> int:
     args = parser.parse_args()
     versions = facts.versions("torch", "triton")
     model, _ = build("f5_base", torch.device("cpu"), torch.bfloat16)
+    shares = weights(model)
     for name in args.card:
         card, found = CARDS[name], []
         titles = "limit", "launches", *TIMES
@@ -320,6 +344,7 @@ def main() -> int:
                 found.append(case)
                 print(*lines(case, args.rows), sep="\n", flush=True)
         results = {"card": name, **card._asdict(), "launch": LAUNCH, "versions": versions}
+        results |= {"commit": facts.commit(), "weights": shares}
         if args.out is not None:
             facts.write(args.out / f"{name}.json", results | {"cases": found})
     return 0

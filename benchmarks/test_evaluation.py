@@ -182,7 +182,7 @@ def test_evaluation(row: Row, contest: Contest, ceilings: Ceilings) -> None:
         lengths = [longest] * row["batch"]
     x, given = request(model, len(lengths), max(lengths), min(lengths) // 4, lengths)
     twin.masked = exact.masked = ragged
-    padded = model.prepare(**given)
+    padded = model.lay_out(model.prepare(**given), len(lengths))
     times = torch.zeros(1, device=device), torch.ones(1, device=device)
     modulation = model.tables(*times).at(0)
     truth = plainly(exact.evaluate)(x, exact.tables(*times).at(0), exact.prepare(**given))
@@ -193,7 +193,7 @@ def test_evaluation(row: Row, contest: Contest, ceilings: Ceilings) -> None:
     told = {"flops": flops, "bytes": nbytes, "floor_seconds": limit(flops, nbytes, ceilings)}
 
     def ours(used: DiT) -> Run:
-        cond = used.prepare(**given, packed=ragged)
+        cond = used.lay_out(used.prepare(**given, packed=ragged), len(lengths))
         return lambda: used.evaluate(x, modulation, cond)
 
     def fp8() -> Run:

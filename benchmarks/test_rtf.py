@@ -360,6 +360,5 @@ def test_rtf(row: Row, contest: Contest, ceilings: Ceilings) -> None:
             stats = held.stats()
             contest.tell(name, captures=stats.captures, bytes_held=stats.bytes_held)
             if held.baked is not None:
-                checkpoint = sum(p.nbytes for p in found.fused.parameters())
-                contest.tell(name, weight_bytes=held.baked.nbytes, checkpoint_bytes=checkpoint)
+                contest.tell(name, weight_bytes=held.baked.nbytes)
         contest.time()

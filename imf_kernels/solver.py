@@ -20,7 +20,8 @@ class VelocityModel(Protocol):
     `x` is `(B, N, C)` in the model's `dtype` attribute (without one: the state's float32); `t, r`
     are float32 `(B,)`; `cond` is what the model's own `prepare` returned. Prepared for guidance, it
     holds both branches, and the result has 2B rows: `[0:B]` conditional, `[B:2B]` unconditional.
-    If `cond["lengths"]` exists (valid frames per row), frames beyond do not move.
+    If `cond["lengths"]` exists (valid frames per row), frames beyond do not move. If the model has
+    `lay_out(cond, rows)`, a solve of so many rows begins with it and evaluates with its result.
     """
 
     def __call__(self, x: Tensor, t: Tensor, r: Tensor, cond: Any, /) -> Tensor: ...
@@ -130,8 +131,7 @@ def model_dtype(model: Any, default: torch.dtype) -> torch.dtype:
 
 
 def laid_out(model: Any, cond: Any, rows: int) -> Any:
-    """`cond` for the evaluations of one solve of so many rows: what they all make of it is made
-    once, by models that have `lay_out` (`imf_kernels.models`)."""
+    """`cond` for the evaluations of one solve of so many rows, by models that have `lay_out`."""
     lay_out = getattr(model, "lay_out", None)
     return cond if lay_out is None else lay_out(cond, rows)
 

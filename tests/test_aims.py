@@ -22,7 +22,7 @@ def place(*rows, **others):
     known = {}
     for each in rows:
         known.setdefault(each.test, []).append(each)
-    return Place(known, others, {})
+    return Place(known, others)
 
 
 def figure(what, *places):
@@ -41,9 +41,13 @@ def test_how_many_times_as_fast():
     what = "3 steps, 10 s: as fast as F5-TTS's own sampler"
     assert figure(what, place(solve("F5-TTS", 0.02))) == "**4.00x**"
     assert figure(what, place(solve("F5-TTS", 0.019))) == "3.80x"
-    assert figure(what, place(solve("plain", 0.02))) == ""
-    assert figure(what, place(solve("F5-TTS", 0.02, depth=4))) == ""
-    assert figure(what, place(solve("F5-TTS", 0.02, nfe=1))) == ""
+    for other in (
+        solve("plain", 0.02),
+        solve("F5-TTS", 0.02, depth=4),
+        solve("F5-TTS", 0.02, nfe=1),
+        solve("F5-TTS", 0.02, dtype="float32"),
+    ):
+        assert figure(what, place(other)) == "needs a GPU, F5-TTS"
 
 
 def test_the_worst_row_counts():
@@ -112,8 +116,15 @@ def test_costs_of_intervals_and_memory():
 
 
 @pytest.mark.parametrize("aim", AIMS, ids=lambda aim: aim.what)
-def test_without_results_there_is_no_figure(aim):
-    assert aim.cells({"GPU": place()})[3] == ""
+def test_without_results_there_is_a_reason(aim):
+    card = {"cases": [], "weights": {"baked": 0.5, "FP8": 0.2}}
+    gpu, cpu, simulated = (place(), Place({}, {}, on_cpu=True), Place({}, {}, card))
+    cells = aim.cells({"a GPU": gpu, "a CPU": cpu, "simulated": simulated})[3:]
+    of_cpu = aim.what.startswith("CPU")
+    assert cells[0] == ("" if of_cpu else f"needs {aim.needs}")
+    assert cells[1] == f"needs {aim.needs}"
+    counted = {"weights of a baked student: of the checkpoint's": "50 %", "the same in FP8": "20 %"}
+    assert cells[2] == counted.get(aim.what, "")
 
 
 def test_results_of_other_scripts_are_read(tmp_path):
@@ -127,6 +138,8 @@ def test_results_of_other_scripts_are_read(tmp_path):
 
 def test_simulated_figures():
     case = {"what": "evaluation, 10 s after a prompt of 3.3 s", "launched": 20.0, "limit": 10.0}
-    found = Place.simulated({"cases": [case]})
+    found = Place({}, {}, {"cases": [case], "weights": {"baked": 0.5, "FP8": 0.25}})
     told = "one evaluation, 10 s after a prompt of 3.3 s: of its floor"
-    assert figure(told, found) == "**2.00x**"
+    assert figure(told, found) == "2.00x"  # never bold
+    assert figure("weights of a baked student: of the checkpoint's", found) == "50 %"
+    assert figure("the same in FP8", found) == "25 %"

@@ -6,6 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -414,14 +415,25 @@ def test_launches_are_means_of_calls(monkeypatch):
         assert sum(each[key] for each in found["top"]) == pytest.approx(whole)
 
 
+SLOW = """
+import subprocess, sys, time
+late = "import signal, time, pathlib; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(5); "
+subprocess.Popen([sys.executable, "-c", late + "pathlib.Path('{}').touch()"])
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
 def test_parts_for_a_gpu_do_not_stop_each_other(tmp_path, monkeypatch, capsys):
     def python(code, minutes=1.0):
         return on_gpu.Part((sys.executable, "-c", code), minutes)
 
     made = {
         "wrong": python("print('why'); raise SystemExit(3)"),
-        "slow": python("import time; time.sleep(60)", minutes=1e-3),
-        "absent": on_gpu.Part(None, 1.0),
+        "slow": python(SLOW.format(tmp_path / "grown"), minutes=0.05),
+        "absent": python("", 1.0)._replace(needs=("torch", "no_such_thing")),
         "right": python("print('all is well')"),
     }
     monkeypatch.setattr(on_gpu, "parts", lambda device, results: made)
@@ -431,8 +443,11 @@ def test_parts_for_a_gpu_do_not_stop_each_other(tmp_path, monkeypatch, capsys):
     assert ended[:3] == [
         "wrong: failed with status 3",
         "slow: failed: stopped",
-        "absent: left out: compute-sanitizer is not here",
+        "absent: left out: no_such_thing missing",
     ]
+    assert (tmp_path / "slow.log").read_text() == "interrupted\n"
+    time.sleep(2.5)
+    assert not (tmp_path / "grown").exists()  # what it had started has ended with it
     assert ended[3].startswith("right: done in ")
     assert (tmp_path / "wrong.log").read_text() == "why\n"
     assert on_gpu.main([*arguments, "right"]) == 0
@@ -445,7 +460,7 @@ def test_parts_for_a_gpu_are_commands_of_this_project():
     found = on_gpu.parts("cuda", Path("results"))
     assert list(found)[:3] == ["build", "tests", "bench"]
     for part in found.values():
-        for option, name in itertools.pairwise(part.command or ()):
+        for option, name in itertools.pairwise(part.command):
             if option == "-m" and "." in name:
                 assert importlib.util.find_spec(name) is not None
 

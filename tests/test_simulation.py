@@ -41,6 +41,12 @@ def test_rope_in_place_touches_its_heads_of_q_and_k(heads, touched):
     assert one.nbytes == rope.nbytes + 2 * 6 * 2 * touched * 8 * 4
 
 
+def test_an_embedding_reads_the_rows_asked_for():
+    weight, ids = torch.randn(1000, 8), torch.tensor([3, 3, 999])
+    (one,) = recorded(lambda: torch.nn.functional.embedding(ids, weight))
+    assert one.nbytes == ids.nbytes + 2 * 3 * 8 * 4
+
+
 def test_what_is_freed_is_held_no_more():
     def run():
         for _ in range(3):
@@ -87,6 +93,7 @@ def test_blocks_of_a_multiprocessor(simulate):
     assert resident(8, 129, 0) == 1  # given by 8 a thread
     assert resident(16, 32, 0) == 4
     assert resident(1, 32, 0) == 32
+    assert resident(1, 96, 0) == 20  # five on each of four parts
     assert resident(4, 32, 100 * 1024) == 2
     assert resident(4, 32, 100 * 1024, a100) == 1
 
@@ -95,14 +102,14 @@ def test_a_product_is_whole_waves_of_tiles(simulate):
     card = simulate.CARDS["H200"]
     wave = 2 * 128 * 128 * 1024 * card.multiprocessors / card.flops
 
-    def seconds(m, n, split=1):
+    def tiled(m, n, split=1):
         return simulate._tiled((m, 1024, n), (128, 128), split, card)
 
-    assert seconds(128, 128) == pytest.approx(wave)
-    assert seconds(128 * 132, 128) == pytest.approx(wave)
-    assert seconds(128 * 132 + 1, 128) == pytest.approx(2 * wave)
+    assert tiled(128, 128) == (pytest.approx(wave), 1)
+    assert tiled(128 * 132, 128) == (pytest.approx(wave), 1)
+    assert tiled(128 * 132 + 1, 128) == (pytest.approx(2 * wave), 1)
     sums = 8 * 4 * 128 * 128 / card.bandwidth
-    assert seconds(128, 128, split=4) == pytest.approx(wave / 4 + sums)
+    assert tiled(128, 128, split=4) == (pytest.approx(wave / 4 + sums), 2)  # another kernel adds
 
 
 def test_operations_on_a_card(simulate):
@@ -111,15 +118,18 @@ def test_operations_on_a_card(simulate):
     assert copy.floor == copy.waves == pytest.approx(1e-5)
     assert copy.launches == 1
     flops = 79 * 10**9
-    half = simulate.Kernel("attention", 132, 8, 128, 0)  # one block where two have room
-    attention = simulate.timed(Operation("imf_kernels.attention", flops, 0, ()), (half,), card)
+    most = simulate.Kernel("attention", 176, 8, 128, 0)  # two for some, of which three fourths
+    attention = simulate.timed(Operation("imf_kernels.attention", flops, 0, ()), (most,), card)
     assert attention.floor == pytest.approx(1e-4)
-    assert attention.waves == pytest.approx(2e-4 / simulate.OF_KERNELS)
+    assert attention.waves == pytest.approx(264 / 176 * 1e-4 / simulate.OF_KERNELS)
+    shapes = (8, 8), (8,)
+    filled = simulate.timed(Operation("aten.masked_fill", 0, 0, shapes), (), card)
+    assert filled.launches == 2
     row, other = simulate.grouped([copy, attention, copy], card)
     assert (row["operation"], row["bound"], row["blocks"], row["resident"]) == (
         "imf_kernels.attention",
         "FLOPs",
-        [132],
+        [176],
         [2],
     )
     assert (other["count"], other["bytes"], other["launched"]) == (2, 86_000_000, 24.0)

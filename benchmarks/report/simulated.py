@@ -18,7 +18,12 @@ limit is that of FLOPs and weights alone; the floor has every operation's bytes 
 are whole ones; launched adds {launch} for each of a graph's launches. Solves are of 3 steps without
 guidance, with their `prepare` and with their grid's tables at hand."""
 
-DETAILED = ("evaluation, 10 s after a prompt of 3.3 s", "solve, 1 s without a prompt")
+DETAILED = (
+    "evaluation, 10 s after a prompt of 3.3 s",
+    "evaluation, 16 packed rows, FP8",
+    "solve, 1 s after a prompt of 3.3 s",
+    "solve, 1 s without a prompt",
+)
 """Cases whose operations are shown."""
 LEAST = 0.01
 """Of a case's time: operations with less are one row."""
@@ -37,7 +42,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
 def places(folder: Path) -> dict[str, Place]:
     """The cards, for the aims."""
     cards = [each for each in load(folder) if "cases" in each]
-    return {f"{card['card']}, simulated": Place.simulated(card) for card in cards}
+    return {f"{card['card']}, simulated": Place({}, {}, card) for card in cards}
 
 
 def section(folder: Path) -> Iterator[str]:

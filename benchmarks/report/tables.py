@@ -179,7 +179,7 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def quantity(seconds: float) -> str:
     """Such as "12.3 ms"."""
     units = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9))
-    unit, one = next((each for each in units if seconds >= each[1]), units[-1])
+    unit, one = next((each for each in units if abs(seconds) >= each[1]), units[-1])
     return f"{significant(seconds / one)} {unit}"
 
 

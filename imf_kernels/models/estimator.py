@@ -217,7 +217,7 @@ class Estimator(nn.Module):
     def lay_out(self, cond: Conditioning, batch: int) -> Conditioning:
         """`cond` with its layout, for all evaluations of one solve of `batch` rows.
 
-        Without it every evaluation makes its own: 7 launches, of packed rows 12 or more.
+        Without it every evaluation makes its own: 7 operations, of packed rows 8, guided 15.
         """
         _check(cond)
         return Conditioning(cond, cond.specs, _layout(cond, batch))
