@@ -1,6 +1,6 @@
 """All that waits for a GPU, one part after the other, most telling first: a failure stops no other.
 
-    python -m benchmarks.on_gpu                          40 minutes, at most 80
+    python -m benchmarks.on_gpu                          about 40 minutes, at most 95
     python -m benchmarks.on_gpu build tests bench        these parts only
 
 Uses this Python with what is installed, and fetches nothing: a part whose needs are missing is left

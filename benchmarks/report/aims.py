@@ -56,7 +56,7 @@ class Aim(NamedTuple):
     reference: float | None = None
     """The aim on the reference device, if it is another."""
     needs: str = "a GPU"
-    """What a row waits for that is not there."""
+    """What a row waits for that is not there; of what is counted, nothing."""
 
     def cells(self, places: Mapping[str, Place]) -> list[str]:
         bound = "at least" if self.least else "at most"
@@ -70,8 +70,8 @@ class Aim(NamedTuple):
     def _figure(self, device: str, place: Place) -> str:
         values = list(self.measure(place))
         if not values:
-            cpu = self.needs == CPU
-            return "" if place.card is not None or cpu > place.on_cpu else f"needs {self.needs}"
+            silent = place.card is not None or not self.needs
+            return "" if silent or (self.needs == CPU) > place.on_cpu else f"needs {self.needs}"
         aim = self.aim
         if self.reference is not None and REFERENCE in device:
             aim = self.reference
@@ -422,9 +422,14 @@ AIMS = (
     Aim("the same, the rollout used 4 times", 1.55, 1.2, _interval(used=4), _times_told),
     Aim("memory of an update: of MeanFlow's with a recorded JVP", 0.5, 1 / 3, _memory, _share_told),
     Aim(
-        "weights of a baked student: of the checkpoint's", 0.6, None, _weights("baked"), _share_told
+        "weights of a baked student: of the checkpoint's",
+        0.6,
+        None,
+        _weights("baked"),
+        _share_told,
+        needs="",
     ),
-    Aim("the same in FP8", 0.6, 0.3, _weights("FP8"), _share_told),
+    Aim("the same in FP8", 0.6, 0.3, _weights("FP8"), _share_told, needs=""),
     Aim(
         "CPU, float32, equal steps: as fast as F5-TTS's own sampler",
         1.15,
