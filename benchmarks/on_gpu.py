@@ -68,7 +68,7 @@ def parts(device: str, results: Path) -> dict[str, Part]:
         "build": Part(
             (PYTHON, "setup.py", "build_ext", "--inplace"),
             10,
-            ("nvcc", "cmake", "ninja"),
+            ("setuptools", "cmake", "ninja"),
             {"IMF_KERNELS_CUDA": "1"},
         ),
         "tests": Part((*PYTEST, "-m", "gpu"), 12, ("pytest", "hypothesis", "pytest_timeout")),
@@ -99,12 +99,11 @@ def run(part: Part, log: Path) -> str:
     if missing:
         return f"left out: {', '.join(missing)} missing"
     start = time.monotonic()
-    variables = environment(**part.variables)
     with log.open("w") as output:
         process = subprocess.Popen(
             part.command,
             cwd=ROOT,
-            env=variables,
+            env=environment(**part.variables),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # its children end with it
@@ -114,6 +113,9 @@ def run(part: Part, log: Path) -> str:
         except subprocess.TimeoutExpired:
             _stop(process)
             return f"failed: stopped after {part.minutes:g} minutes"
+        except KeyboardInterrupt:
+            _stop(process)
+            raise
     took = f"{time.monotonic() - start:.0f} s"
     return f"done in {took}" if status == 0 else f"failed with status {status} after {took}"
 

@@ -1,5 +1,6 @@
 import json
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -104,6 +105,7 @@ def test_tensorboard_curves(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     written(TensorBoard(), fake_trainer(tmp_path), range(1, 9), u4={"val/nfe1": 0.5})
+    time.sleep(1.1)  # files are read by their names: a second, then a counter as text, 10 before 9
     written(TensorBoard(), fake_trainer(tmp_path, update=4), range(5, 7), u6={"loss": 0.25})
     begun(TensorBoard(), fake_trainer(tmp_path / "anew"))
     begun(TensorBoard(), fake_trainer(tmp_path / "anew"))
