@@ -14,6 +14,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from imf_kernels.distill.griffin_lim import seeded
 from imf_kernels.files import replacing
 
 SAMPLE_RATE = 22050
@@ -65,7 +66,7 @@ def griffin_lim(mel: Tensor, iterations: int = 32, seed: int = 0) -> np.ndarray:
     # No speech reaches e^8; a diverged model must not turn into infinities here.
     amplitude = natural_log_mel(mel.detach().float().cpu()).clamp(max=8.0).exp().numpy().T
     magnitude = np.maximum(_inverse_filterbank() @ amplitude, 0.0)
-    audio = librosa.griffinlim(magnitude, n_iter=iterations, hop_length=HOP, random_state=seed)
+    audio = librosa.griffinlim(magnitude, n_iter=iterations, hop_length=HOP, **seeded(seed))
     return audio.astype(np.float32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -41,5 +42,13 @@ class GriffinLim:
             n_iter=self.iterations,
             hop_length=self.mel.hop,
             n_fft=self.mel.n_fft,
-            random_state=0,
+            **seeded(0),
         )
+
+
+def seeded(seed: int) -> dict[str, Any]:
+    """The seed of librosa's `griffinlim`, by the name that it has there: `rng` from 1.0 on."""
+    import librosa
+
+    known = inspect.signature(librosa.griffinlim).parameters
+    return {"rng" if "rng" in known else "random_state": seed}
